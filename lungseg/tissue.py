@@ -1,0 +1,113 @@
+"""The tissue classes: ids, names, HU ranges, colours and cut points. The only home of clinical knowledge.
+
+Ids are those of METHOD 0.1. Cut points carry their source; none is fitted to labels of any phantom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+OUTSIDE = 0
+UNCLASSIFIED = 255
+"""Lung voxel that no class explains: reported, and counted as an error by the evaluation."""
+
+LUNG_LEFT = 1
+LUNG_RIGHT = 2
+
+
+class Tissue(IntEnum):
+    """Tissue classes of the label maps (uint8)."""
+
+    HEALTHY = 1
+    EMPHYSEMA = 2
+    GGO = 3
+    FIBROSIS = 4
+    CONSOLIDATION = 5
+    CAVITY = 6
+
+
+@dataclass(frozen=True)
+class TissueInfo:
+    """What is known about one tissue class."""
+
+    name: str
+    """Machine name, used in files and tables."""
+    title: str
+    """Name for people."""
+    colour: tuple[int, int, int]
+    """sRGB colour, 0-255 (Okabe-Ito palette: distinguishable with colour-vision deficiency)."""
+    prototype_hu: float | None
+    """Prototype mean HU of `mean-hu` naming and of the HU-anchored mixture (METHOD 1.6, 7.7)."""
+    compatible_hu: tuple[float, float] | None
+    """HU range of the optional compatibility check, before its tolerance of 50 HU (METHOD 1.6)."""
+
+
+TISSUES: Mapping[Tissue, TissueInfo] = {
+    Tissue.HEALTHY: TissueInfo("healthy", "Healthy lung", (0, 158, 115), -850.0, (-980.0, -650.0)),
+    Tissue.EMPHYSEMA: TissueInfo("emphysema", "Emphysema", (86, 180, 233), -955.0, (-float("inf"), -880.0)),
+    Tissue.GGO: TissueInfo("ggo", "Ground glass", (240, 228, 66), -600.0, (-800.0, -250.0)),
+    Tissue.FIBROSIS: TissueInfo("fibrosis", "Fibrosis", (213, 94, 0), -450.0, (-800.0, 50.0)),
+    Tissue.CONSOLIDATION: TissueInfo("consolidation", "Consolidation", (204, 121, 167), 0.0, (-400.0, 300.0)),
+    Tissue.CAVITY: TissueInfo("cavity", "Cavity", (0, 114, 178), None, None),
+}
+
+MIXTURE_TISSUES: tuple[Tissue, ...] = (
+    Tissue.HEALTHY,
+    Tissue.EMPHYSEMA,
+    Tissue.GGO,
+    Tissue.FIBROSIS,
+    Tissue.CONSOLIDATION,
+)
+"""Classes a mixture component may be named; a cavity is derived by rule, never by a component (METHOD 0.1)."""
+
+LAA950_HU = -950.0
+"""Low attenuation area, inclusive, inspiratory thin-section CT. Schroeder et al., AJR 2013 (COPDGene); CIP `LAA950`."""
+LAA950_EMPHYSEMA_SHARE = 0.10
+"""LAA-950 share above which tissue is emphysema: healthy mean 2.0 % + 3 SD of 2.7 %. Zach et al. 2012."""
+EMPHYSEMA_BELOW_HEALTHY_MODE_HU = 60.0
+"""Median this far below the scan's healthy mode is emphysema: our choice (METHOD 1.6)."""
+CONSOLIDATION_MEDIAN_HU = -300.0
+"""Median at or above: consolidation. BMC Infect Dis 2021, s12879-021-06556-z (best of eight cuts)."""
+HEALTHY_MEDIAN_HU = -700.0
+"""Median at or below: healthy. Lower bound of ground glass, general knowledge (METHOD 6)."""
+FIBROSIS_LOCAL_SD_HU = 120.0
+"""Local standard deviation (5 mm window) above which an intermediate density is fibrosis: our choice (METHOD 1.6)."""
+HEALTHY_MODE_RANGE_HU = (-950.0, -700.0)
+"""Band in which a scan's healthy mode is looked for: usual inspiratory band of healthy lung (METHOD 6)."""
+COMPATIBILITY_TOLERANCE_HU = 50.0
+"""Tolerance of the optional HU compatibility check (METHOD 1.6)."""
+
+VIEWS: Mapping[str, Mapping[str, tuple[Tissue, ...]]] = {
+    "tissues": {TISSUES[tissue].name: (tissue,) for tissue in MIXTURE_TISSUES},
+    "paper": {
+        "healthy": (Tissue.HEALTHY,),
+        "ggo": (Tissue.GGO,),
+        "fibrosis": (Tissue.FIBROSIS,),
+        "emphysema": (Tissue.EMPHYSEMA,),
+    },
+    "ild": {
+        "healthy": (Tissue.HEALTHY,),
+        "emphysema": (Tissue.EMPHYSEMA,),
+        "ild": (Tissue.GGO, Tissue.FIBROSIS),
+    },
+    "abnormal": {
+        "abnormal": (
+            Tissue.EMPHYSEMA,
+            Tissue.GGO,
+            Tissue.FIBROSIS,
+            Tissue.CONSOLIDATION,
+            Tissue.CAVITY,
+        )
+    },
+}
+"""Named class views: column of a table -> label ids merged into it (METHOD 0.1: explicit mappings, never reuse)."""
+
+
+def tissue_by_name(name: str) -> Tissue:
+    """Tissue class with this machine name; ``KeyError`` if there is none."""
+    for tissue, info in TISSUES.items():
+        if info.name == name:
+            return tissue
+    raise KeyError(name)
