@@ -76,6 +76,18 @@ FIBROSIS_LOCAL_SD_HU = 120.0
 """Local standard deviation (5 mm window) above which an intermediate density is fibrosis: our choice (METHOD 1.6)."""
 HEALTHY_MODE_RANGE_HU = (-950.0, -700.0)
 """Band in which a scan's healthy mode is looked for: usual inspiratory band of healthy lung (METHOD 6)."""
+DENSE_HU = -200.0
+"""Above it a voxel is soft tissue or nearly so: share reported as a sign of vessels (METHOD 1.6, "> -200 HU")."""
+PAPER_CODE_EMPHYSEMA_BELOW_HU = -800.0
+"""Median below: emphysema. Only the `mean-hu-adaptive` naming, from the authors' script (METHOD 1.6 [C])."""
+PAPER_CODE_CONSOLIDATION_HU = -200.0
+"""Median at or above: consolidation, same rule. It holds for any scan, before the scan's percentiles."""
+PAPER_CODE_LOW_QUARTER_HU = -700.0
+"""Lowest quarter of the scan: emphysema below, else ground glass, same rule."""
+PAPER_CODE_FIBROSIS_HU = -500.0
+"""Upper half of the scan: fibrosis above, else healthy, same rule."""
+PAPER_CODE_DENSE_QUARTER_HU = -300.0
+"""Highest quarter of the scan: consolidation above, same rule."""
 COMPATIBILITY_TOLERANCE_HU = 50.0
 """Tolerance of the optional HU compatibility check (METHOD 1.6)."""
 
