@@ -1,0 +1,19 @@
+"""Configuration of ``lungseg run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lungseg.config.fields import option
+from lungseg.config.presets import DEFAULT_PRESET, PRESETS
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything for new scans. Spacing and network come from the model; stages can be set in a TOML file."""
+
+    preset: str = option(
+        DEFAULT_PRESET, "Named settings of the stages (a model brings its own).", choices=tuple(PRESETS)
+    )
+    config: str = option("", "TOML file; its tables, named like the commands, set options of the stages.")
+    salt: str = option("", "Secret that makes case ids reproducible; empty: a new random one.")

@@ -1,0 +1,206 @@
+"""The store as a folder: its cases, where their files are, and names that are safe to write."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lungseg import __version__
+from lungseg.errors import InputError, MismatchError, StoreError
+from lungseg.store.atomic import PARTIAL, read_json, write_json
+from lungseg.store.locks import lock
+from lungseg.store.reader import Artefact
+from lungseg.store.schema import FORMAT, FORMAT_VERSION, check_current
+
+MAX_NAME = 64
+_SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
+
+
+def check_name(name: str) -> str:
+    """``name`` if it may become a file name: letters, digits, . _ -, at most 64, no leading dot, none reserved.
+
+    Raises
+    ------
+    InputError
+        Otherwise, saying what is allowed.
+    """
+    if len(name) > MAX_NAME or not _SAFE.fullmatch(name) or name.split(".")[0].lower() in _RESERVED:
+        raise InputError(f"'{name}' cannot be a case id: use letters, digits, '.', '_' and '-', at most {MAX_NAME}")
+    return name
+
+
+def hashed_id(salt: str, value: str | bytes) -> str:
+    """Twelve hexadecimal digits of HMAC-SHA-256: the de-identified form of a UID or a voxel digest."""
+    data = value.encode() if isinstance(value, str) else value
+    return hmac.new(salt.encode(), data, hashlib.sha256).hexdigest()[:12]
+
+
+class Store:
+    """A patch store: one folder, one file per case and stage."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing store.
+
+        Raises
+        ------
+        StoreError
+            If there is none at ``path``.
+        MismatchError
+            If it has another format version.
+        """
+        self.path = path
+        if not (path / "store.json").is_file():
+            raise StoreError(
+                f"{path} is not a patch store (no store.json); make one with: lungseg preprocess SCANS -o {path}"
+            )
+        self.header: dict[str, Any] = read_json(path / "store.json")
+        if self.header.get("format") != FORMAT or self.header.get("format_version") != FORMAT_VERSION:
+            raise MismatchError(
+                f"{path} is a store of format {self.header.get('format_version')}; this lungseg reads {FORMAT_VERSION}"
+            )
+
+    @classmethod
+    def create(
+        cls, path: Path, *, config: Mapping[str, Any], salt: str, provenance: str, overwrite: bool = False
+    ) -> Store:
+        """Open the store at ``path``, or make it.
+
+        An existing store keeps its salt; its configuration must be the same unless ``overwrite``.
+
+        Raises
+        ------
+        InputError
+            If ``path`` is a file, or a folder with other things in it.
+        MismatchError
+            If the store was made with another configuration.
+        """
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; give the output folder another name")
+        if path.is_dir() and not (path / "store.json").exists():
+            strangers = [child.name for child in path.iterdir() if not child.name.startswith("store.json")]
+            if strangers:
+                raise InputError(f"{path} exists and is not a patch store; give an empty or new folder")
+        with lock(path / "store.json.lock"):
+            if (path / "store.json").exists():
+                store = cls(path)
+                settings = {key: value for key, value in config.items() if key != "salt"}
+                known = {key: value for key, value in store.header["config"].items() if key != "salt"}
+                given = config.get("salt")
+                if given and given != store.salt:
+                    raise MismatchError(f"{path} was made with another --salt; use that one or another folder")
+                if not overwrite:
+                    check_current({"config": known}, {"config": settings}, what=f"store {path}")
+                if overwrite and known != settings:
+                    write_json(path / "store.json", {**store.header, "config": dict(config)})
+                return cls(path)
+            header = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "lungseg_version": __version__,
+                "config": dict(config),
+                "salt": salt or secrets.token_hex(16),
+                "provenance": provenance,
+            }
+            write_json(path / "store.json", header)
+        return cls(path)
+
+    @property
+    def salt(self) -> str:
+        """Secret of the hashed ids."""
+        return str(self.header["salt"])
+
+    def case_ids(self) -> list[str]:
+        """Ids of the cases whose volume is complete, sorted."""
+        folder = self.path / "cases"
+        if not folder.is_dir():
+            return []
+        return sorted(child.name for child in folder.iterdir() if (child / "volume.h5").is_file())
+
+    def require_cases(self) -> list[str]:
+        """``case_ids``, or an error if there are none."""
+        ids = self.case_ids()
+        if not ids:
+            raise InputError(f"store {self.path} holds no complete case; run: lungseg preprocess SCANS -o {self.path}")
+        return ids
+
+    def case_file(self, case_id: str, kind: str, name: str = "") -> Path:
+        """Path of a case's artefact: ``cases/<id>/<kind>[.<name>].h5``."""
+        return self.path / "cases" / check_name(case_id) / (f"{kind}.{name}.h5" if name else f"{kind}.h5")
+
+    def lock_file(self, case_id: str, stage: str) -> Path:
+        """Path of the lock of one case and stage."""
+        return self.path / "cases" / check_name(case_id) / f".{stage}.lock"
+
+    def open(self, case_id: str, kind: str, name: str = "") -> Artefact:
+        """An opened and checked artefact of a case."""
+        return Artefact(self.case_file(case_id, kind, name), kind)
+
+    def fit_dir(self, name: str) -> Path:
+        """Folder of a fitted clustering."""
+        return self.path / "fits" / check_name(name)
+
+    def is_done(self, path: Path, kind: str, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
+        """Whether ``path`` already holds the wanted result; with ``overwrite`` a different one counts as not done.
+
+        Raises
+        ------
+        MismatchError
+            If it was made with other settings or inputs and ``overwrite`` is off.
+        """
+        if not path.exists():
+            return False
+        try:
+            with Artefact(path, kind) as artefact:
+                check_current(artefact.provenance, wanted, what=str(path))
+            return True
+        except MismatchError:
+            if not overwrite:
+                raise
+        return False
+
+    def leftovers(self) -> list[Path]:
+        """Partial files left by killed runs."""
+        return sorted(path for path in self.path.rglob(f"*{PARTIAL}") if not path.is_symlink())
+
+
+def write_id_map(path: Path, store: Path, rows: list[tuple[str, str, str]]) -> None:
+    """Write which source became which case: CSV of case_id, patient_id, source; mode 0600; outside the store.
+
+    Rows of earlier runs for other cases are kept.
+
+    Raises
+    ------
+    InputError
+        If ``path`` lies inside the store.
+    """
+    import csv
+    import io
+
+    from lungseg.store.atomic import write_text
+
+    if os.path.commonpath([path.resolve(), store.resolve()]) == str(store.resolve()):
+        raise InputError(f"--id-map {path} lies inside the store; put it elsewhere, it identifies patients")
+    merged = {row["case_id"]: (row["case_id"], row["patient_id"], row["source"]) for row in read_id_map(path)}
+    merged.update({row[0]: row for row in rows})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("case_id", "patient_id", "source"))
+    writer.writerows(merged[key] for key in sorted(merged))
+    write_text(path, text.getvalue(), mode=0o600)
+
+
+def read_id_map(path: Path) -> list[dict[str, str]]:
+    """Rows of an id map; empty if there is no such file."""
+    import csv
+
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))

@@ -1,0 +1,189 @@
+"""What may stand in the files of a patch store, and how they are written: the table of the format.
+
+Every HDF5 file is one *artefact* of one stage for one case. Its root attributes are ``format``,
+``format_version``, ``kind``, ``provenance`` (canonical JSON: lungseg version, the full configuration of the stage,
+seed, the fingerprint of each input, anything else the stage wants to say) and ``fingerprint`` (SHA-256 of all of it).
+There are no time stamps: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lungseg import __version__
+from lungseg.errors import MismatchError
+from lungseg.store.atomic import atomic_path, canonical_json
+
+FORMAT = "lungseg-store"
+FORMAT_VERSION = 1
+MAX_DATASET_BYTES = 64 * 2**30
+"""Declared sizes above this are refused before anything is allocated (a whole-body CT at 0.3 mm has 12 GiB)."""
+MAX_CHUNK_BYTES = 64 * 2**20
+GZIP_LEVEL = 4
+"""gzip 4 + shuffle: within 2 % of gzip 9's ratio at 17 times its speed (tests/benchmarks/RESULTS.md)."""
+CHUNK = (32, 64, 64)
+"""Chunk of volumes: see tests/benchmarks/RESULTS.md."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset a file may hold."""
+
+    dtype: str
+    rank: int
+    required: bool = True
+
+
+SCHEMA: Mapping[str, Mapping[str, DatasetSpec]] = {
+    "volume": {
+        "image": DatasetSpec("int16", 3),
+        "mask": DatasetSpec("uint8", 3),
+        "patches/corner": DatasetSpec("int32", 2),
+        "patches/mask_fraction": DatasetSpec("float32", 1),
+        "source/image": DatasetSpec("int16", 3, required=False),
+        "source/mask": DatasetSpec("uint8", 3, required=False),
+    },
+    "reference": {"labels": DatasetSpec("uint8", 3)},
+    "radiomics": {"corner": DatasetSpec("int32", 2), "features": DatasetSpec("float32", 2)},
+    "tokens": {
+        "index": DatasetSpec("int32", 2),
+        "features": DatasetSpec("float32", 2),
+        "statistics": DatasetSpec("float32", 2),
+    },
+    "clusters": {"posterior": DatasetSpec("float16", 4), "coverage": DatasetSpec("uint8", 3)},
+    "labels": {"labels": DatasetSpec("uint8", 3), "confidence": DatasetSpec("uint8", 3)},
+}
+"""kind of file -> its datasets. Nothing else is accepted by the reader."""
+
+
+def make_provenance(
+    stage: str, config: Mapping[str, Any], *, inputs: Mapping[str, str] | None = None, **extra: Any
+) -> dict[str, Any]:
+    """What an artefact says about its making: stage, full configuration, fingerprint of each input.
+
+    ``extra`` values must be JSON types.
+    """
+    return {
+        "lungseg_version": __version__,
+        "stage": stage,
+        "config": dict(config),
+        "inputs": dict(inputs or {}),
+        **extra,
+    }
+
+
+def fingerprint(kind: str, provenance: Mapping[str, Any], datasets: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over kind, format version, provenance and the content of every dataset (hex, 64 characters)."""
+    digest = hashlib.sha256(f"{FORMAT}/{FORMAT_VERSION}/{kind}\n{canonical_json(provenance)}\n".encode())
+    for name in sorted(datasets):
+        array = np.ascontiguousarray(datasets[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
+
+
+def write_artefact(
+    path: Path,
+    kind: str,
+    datasets: Mapping[str, np.ndarray],
+    *,
+    provenance: Mapping[str, Any],
+    attributes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Write one artefact atomically; returns its fingerprint.
+
+    Parameters
+    ----------
+    path : Path
+        Final name; nothing is there until the file is complete.
+    kind : str
+        Key of ``SCHEMA``; dtypes and ranks are checked against it.
+    datasets : mapping of str to array
+        Arrays by name. Two names may share one array object: the second becomes a hard link.
+    provenance : mapping
+        JSON types, see :func:`make_provenance`.
+    attributes : mapping of dataset name to attributes
+        Extra attributes for people who read the file with plain h5py (unit, spacing_mm, ...). They repeat what the
+        provenance says and are not part of the fingerprint.
+    """
+    specs = SCHEMA[kind]
+    missing = {name for name, spec in specs.items() if spec.required} - set(datasets)
+    wrong = {name for name in datasets if name not in specs}
+    if missing or wrong:
+        raise ValueError(f"{kind}: missing {sorted(missing)}, unknown {sorted(wrong)}")
+    for name, array in datasets.items():
+        if array.dtype != np.dtype(specs[name].dtype) or array.ndim != specs[name].rank:
+            raise ValueError(f"{kind}/{name}: {array.dtype} rank {array.ndim}, schema says {specs[name]}")
+    mark = fingerprint(kind, provenance, datasets)
+    with atomic_path(path) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["kind"] = kind
+        file.attrs["provenance"] = canonical_json(provenance)
+        file.attrs["fingerprint"] = mark
+        written: dict[int, str] = {}
+        for name in sorted(datasets):
+            array = datasets[name]
+            if id(array) in written:
+                file[name] = file[written[id(array)]]
+                continue
+            written[id(array)] = name
+            _write_dataset(file, name, array)
+        for name, values in (attributes or {}).items():
+            for key in sorted(values):
+                file[name].attrs[key] = values[key]
+    return mark
+
+
+def _write_dataset(file: h5py.File, name: str, array: np.ndarray) -> None:
+    if array.size == 0:
+        file.create_dataset(name, data=array)
+        return
+    if array.ndim == 3:
+        chunks = tuple(min(c, n) for c, n in zip(CHUNK, array.shape, strict=True))
+    else:  # whole rows, or one class of a posterior, of at most about 1 MiB
+        row = int(np.prod(array.shape[1:])) * array.dtype.itemsize
+        chunks = (max(1, min(array.shape[0], 2**20 // max(row, 1))), *array.shape[1:])
+    file.create_dataset(
+        name, data=array, chunks=chunks, compression="gzip", compression_opts=GZIP_LEVEL, shuffle=True, fletcher32=True
+    )
+
+
+def check_current(
+    existing: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str, overwrite_hint: str = "--overwrite"
+) -> None:
+    """Refuse an existing result whose configuration or inputs differ from what is asked for now.
+
+    Raises
+    ------
+    MismatchError
+        Naming each differing setting or input with both values.
+    """
+    differences = []
+    for section in ("config", "inputs"):
+        old, new = existing.get(section, {}), wanted.get(section, {})
+        for key in sorted(set(old) | set(new)):
+            # compare as JSON: tuples and lists are the same setting
+            if json.dumps(old.get(key)) != json.dumps(new.get(key)):
+                differences.append(
+                    f"{section[:-1] if section == 'inputs' else section} {key}: "
+                    f"there {_short(old.get(key))}, now {_short(new.get(key))}"
+                )
+    if differences:
+        raise MismatchError(
+            f"{what} was made with other settings or inputs ({'; '.join(differences)}). "
+            f"Use {overwrite_hint} to replace it, or give the result another name"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text
