@@ -1,0 +1,88 @@
+"""Reversing the diffusion: ancestral DDPM and DPM-Solver++ (2M).
+
+The model is any callable ``predict_x_0(x_t, t) -> x_0`` with an integer t in 1 ... T; the solver's time is the
+schedule's own, never a hard-coded 1000 (METHOD 0.3). Predicted x_0 is clamped to [-1, 1], never rescaled: HU count.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from lungseg.diffusion.schedule import NoiseSchedule
+from lungseg.errors import UsageError
+
+PredictX0 = Callable[[torch.Tensor, int], torch.Tensor]
+NoiseAt = Callable[[int], torch.Tensor]
+
+
+def sample_ddpm(
+    predict_x_0: PredictX0, schedule: NoiseSchedule, noise_at: NoiseAt, *, clamp: float | None = 1.0
+) -> torch.Tensor:
+    """Ancestral sampling over all T steps (Ho et al. 2020, Algorithm 2, posterior of Eq. 6-7).
+
+    Parameters
+    ----------
+    noise_at : callable
+        Standard normal noise of the sample's shape for step t; t = T gives the start. An explicit function of t, so
+        that a sample depends on its seed only.
+    clamp : float or None
+        Bound of the predicted x_0; None: none.
+    """
+    a = schedule.alpha_bar
+    x = noise_at(schedule.num_steps)
+    for t in range(schedule.num_steps, 0, -1):
+        x_0 = _clamped(predict_x_0(x, t), clamp)
+        beta = 1 - a[t] / a[t - 1]
+        mean_0 = a[t - 1].sqrt() * beta / (1 - a[t])
+        mean_t = (1 - beta).sqrt() * (1 - a[t - 1]) / (1 - a[t])
+        x = float(mean_0) * x_0 + float(mean_t) * x
+        if t > 1:
+            variance = beta * (1 - a[t - 1]) / (1 - a[t])
+            x = x + float(variance.sqrt()) * noise_at(t - 1)
+    return x
+
+
+def sample_dpm_solver(
+    predict_x_0: PredictX0, schedule: NoiseSchedule, x_T: torch.Tensor, *, steps: int, clamp: float | None = 1.0
+) -> torch.Tensor:
+    """DPM-Solver++ of order 2, multistep (Lu et al. 2022, Algorithm 2), deterministic given ``x_T``.
+
+    Parameters
+    ----------
+    steps : int
+        Network evaluations, 2 ... T. Times are spread evenly over 1 ... T without repetition; the last step goes to
+        t = 0, where it is x_0 itself.
+
+    Raises
+    ------
+    UsageError
+        If ``steps`` exceeds T.
+    """
+    T = schedule.num_steps
+    if not 2 <= steps <= T:
+        raise UsageError(f"--steps {steps}: this model's diffusion has {T} steps; give 2 to {T}")
+    times = [*torch.linspace(T, 1, steps, dtype=torch.float64).round().long().tolist(), 0]
+    alpha = schedule.alpha_bar.sqrt()
+    sigma = (1 - schedule.alpha_bar).sqrt()
+    half_log_snr = torch.log(alpha / sigma)  # lambda; +inf at t = 0
+    x, previous, h_previous = x_T, None, 0.0
+    for s, t in itertools.pairwise(times):
+        x_0 = _clamped(predict_x_0(x, s), clamp)
+        if t == 0:
+            return x_0
+        h = float(half_log_snr[t] - half_log_snr[s])
+        if previous is None:
+            estimate = x_0
+        else:
+            ratio = h / (2 * h_previous)  # 1 / (2 r)
+            estimate = (1 + ratio) * x_0 - ratio * previous
+        x = float(sigma[t] / sigma[s]) * x - float(alpha[t] * torch.expm1(torch.tensor(-h))) * estimate
+        previous, h_previous = x_0, h
+    return x
+
+
+def _clamped(x: torch.Tensor, bound: float | None) -> torch.Tensor:
+    return x if bound is None else x.clamp(-bound, bound)

@@ -1,0 +1,94 @@
+"""Tokens: what the student says about each small cube of lung, at chosen noise levels.
+
+x_t is drawn in closed form from q(x_t | x_0); no reverse chain and no decoder is run (METHOD 1.5, 7.1).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lungseg.diffusion.checkpoint import Student
+
+PLANES_KEPT = 512
+"""Noise planes kept in memory: more than the depth of any patch, so overlapping windows do not draw them twice."""
+
+
+class NoiseField:
+    """Standard normal noise as a function of (seed, t, voxel position): the same in every window that sees a voxel."""
+
+    def __init__(self, seed: int, plane_shape: tuple[int, int]) -> None:
+        self._seed = seed
+        self._shape = plane_shape
+        self._planes: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def _plane(self, t: int, z: int) -> np.ndarray:
+        key = (t, z)
+        if key not in self._planes:
+            rng = np.random.Generator(np.random.Philox(key=[self._seed, t * 2**32 + z]))
+            self._planes[key] = rng.standard_normal(self._shape, dtype=np.float32)
+            if len(self._planes) > PLANES_KEPT:
+                self._planes.popitem(last=False)
+        return self._planes[key]
+
+    def box(self, t: int, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """Noise of a box: float32, shape ``size`` (d, h, w), at voxel ``corner`` (z, y, x) of the padded volume."""
+        z, y, x = (int(c) for c in corner)
+        d, h, w = size
+        return np.stack([self._plane(t, z + k)[y : y + h, x : x + w] for k in range(d)])
+
+
+@torch.no_grad()
+def encode_windows(
+    student: Student,
+    windows_hu: np.ndarray,
+    masks: np.ndarray,
+    corners: np.ndarray,
+    noise: NoiseField,
+    *,
+    timesteps: Sequence[int],
+    combine: str = "concat",
+    precision: str = "fp32",
+) -> np.ndarray:
+    """Token descriptors of a batch of windows.
+
+    Parameters
+    ----------
+    windows_hu : int16 array, shape (N, D, H, W)
+        HU; D, H, W multiples of the token size.
+    masks : bool array, same shape
+        Lung.
+    corners : int array, shape (N, 3)
+        Corner of each window in the padded volume: places the noise.
+    timesteps : sequence of int
+        Noise levels; 0 is the clean scan with time input 0.
+    combine : str
+        `concat`: (384 channels for three levels), each block of unit length; `average`: mean, renormalised.
+
+    Returns
+    -------
+    float32 array, shape (N, C, D/p, H/p, W/p)
+    """
+    device = next(student.unet.parameters()).device
+    x_0 = student.window.normalise(torch.from_numpy(windows_hu).to(device))
+    mask = torch.from_numpy(masks).to(device, torch.float32)
+    blocks = []
+    for t in timesteps:
+        times = torch.full((len(x_0),), int(t), device=device)
+        x_t = x_0
+        if t > 0:
+            eps = np.stack([noise.box(int(t), corner, windows_hu.shape[1:]) for corner in corners])
+            x_t = student.schedule.q_sample(x_0, times, torch.from_numpy(eps).to(device))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            bottleneck = student.unet.encode(torch.stack([x_t, mask], dim=1), times)  # (N, C, d, h, w)
+        tokens = bottleneck.float().movedim(1, -1)
+        z = student.head(tokens.flatten(0, -2))[0].view(*tokens.shape[:-1], -1)
+        blocks.append(z.movedim(-1, 1))
+    if combine == "concat":
+        result = torch.cat(blocks, dim=1)
+    else:
+        result = torch.nn.functional.normalize(torch.stack(blocks).mean(0), dim=1)
+    return result.float().cpu().numpy()
