@@ -1,0 +1,186 @@
+"""The commands: what each takes, in one table."""
+
+from __future__ import annotations
+
+from lungseg.cli.options import Command, PathOption
+from lungseg.config.cluster import ClusterConfig
+from lungseg.config.evaluate import EvaluateConfig
+from lungseg.config.extract_radiomics import RadiomicsConfig
+from lungseg.config.phantom import PhantomConfig
+from lungseg.config.preprocess import PreprocessConfig
+from lungseg.config.refine import RefineConfig
+from lungseg.config.run import RunConfig
+from lungseg.config.synthesize import SynthesizeConfig
+from lungseg.config.train_ddpm import TrainConfig
+
+_SAYING = ("quiet", "verbose")
+_STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
+_SCANS = PathOption("scans", "DICOM folders, or NIfTI, NRRD and MHA files, or folders of them.", many=True)
+
+
+def _output(doc: str, *, required: bool = True) -> PathOption:
+    return PathOption("output", doc, ("--output", "-o"), required=required)
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        "preprocess",
+        "lungseg.stages.preprocess:preprocess",
+        "Scans in, a patch store out: geometry checked, lungs found, one HDF5 file per scan.",
+        (
+            _SCANS,
+            _output("Patch store to make or to add to."),
+            PathOption(
+                "manifest", "CSV: path, series, case_id, patient_id, split, reference, inspiration.", ("--manifest",)
+            ),
+            PathOption("id_map", "CSV (mode 0600) linking case ids to sources; keep it private.", ("--id-map",)),
+        ),
+        PreprocessConfig,
+        (
+            "lungseg preprocess dicom/ -o cohort --id-map ids.csv",
+            "lungseg preprocess scans/*.nii.gz -o cohort --preset small --jobs 4",
+        ),
+        ("jobs", "shard", "overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
+        "extract-radiomics",
+        "lungseg.stages.extract_radiomics:extract_radiomics",
+        "The 34 radiomic descriptors of windows of every lung, and their standardisation for training.",
+        (_STORE,),
+        RadiomicsConfig,
+        ("lungseg extract-radiomics cohort", "lungseg extract-radiomics cohort --backend pyradiomics --jobs 8"),
+    ),
+    Command(
+        "train-ddpm",
+        "lungseg.stages.train_ddpm:train_ddpm",
+        "Train the diffusion model, taught by radiomics. Run the same command again to resume.",
+        (
+            _STORE,
+            _output("Folder of the training run."),
+        ),
+        TrainConfig,
+        (
+            "lungseg train-ddpm cohort -o run --preset small",
+            "lungseg train-ddpm cohort -o run --gpus 4 --batch-size 64 --workers 8",
+        ),
+        ("device", "gpus", "threads", "dry_run", *_SAYING),
+    ),
+    Command(
+        "synthesize",
+        "lungseg.stages.synthesize:synthesize",
+        "Draw patches from a trained model into a new patch store.",
+        (
+            PathOption("model", "Training run, or its model.safetensors.", required=True),
+            _output("Store of the patches."),
+        ),
+        SynthesizeConfig,
+        (
+            "lungseg synthesize run -o synthetic -n 64",
+            "lungseg synthesize model.safetensors -o synthetic -n 1000 --sampler ddpm --device cuda",
+        ),
+        ("device", "dry_run", *_SAYING),
+    ),
+    Command(
+        "cluster",
+        "lungseg.stages.cluster:cluster",
+        "Tokens of the trained model, a Gaussian mixture over the cohort, and a name for each component.",
+        (
+            _STORE,
+            PathOption("model", "Training run, model.safetensors, or bundle.", ("--model",), required=True),
+            PathOption("fit", "Apply this fit (bundle, or fits/<name> of a store) instead of fitting.", ("--fit",)),
+            PathOption(
+                "bundle", "Also write model and fit into this one file, for `lungseg run --model`.", ("--bundle",)
+            ),
+            PathOption("fit_only", "Fit and stop; do not apply to the cases.", ("--fit-only",), switch=True),
+        ),
+        ClusterConfig,
+        (
+            "lungseg cluster cohort --model run --bundle bundle.safetensors",
+            "lungseg cluster new --model bundle.safetensors --fit bundle.safetensors",
+        ),
+    ),
+    Command(
+        "refine",
+        "lungseg.stages.refine:refine",
+        "Posteriors to contours: label maps, and on request files, numbers and pictures for each scan.",
+        (_STORE, PathOption("export", "Write NIfTI on the scan's grid, CSV and PNG here.", ("--export",))),
+        RefineConfig,
+        ("lungseg refine cohort --export results", "lungseg refine cohort --fusion none --name diffseglung"),
+        ("jobs", "shard", "overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
+        "evaluate",
+        "lungseg.stages.evaluate:evaluate",
+        "Score label maps against references: DSC, HD95 in mm, and what was missed.",
+        (
+            PathOption("predictions", "Patch store, or folder of label maps named like the references.", required=True),
+            PathOption("reference", "Folder of reference label maps; a store may hold its own.", ("--reference",)),
+            PathOption("id_map", "Id map of the store: references may be named like the sources.", ("--id-map",)),
+            _output("Folder of the tables."),
+        ),
+        EvaluateConfig,
+        (
+            "lungseg evaluate cohort --reference labels -o results",
+            "lungseg evaluate predictions --reference labels -o results --view paper",
+        ),
+        ("jobs", "dry_run", *_SAYING),
+    ),
+    Command(
+        "run",
+        "lungseg.stages.run:run",
+        "Everything for new scans: preprocess, cluster, refine, files, numbers and pictures.",
+        (
+            _SCANS,
+            _output("Folder for the store, the maps and the numbers."),
+            PathOption("model", "Bundle, model.safetensors or training run.", ("--model",)),
+            PathOption("manifest", "CSV describing the cases, as for preprocess.", ("--manifest",)),
+            PathOption("id_map", "CSV (mode 0600) linking case ids to sources.", ("--id-map",)),
+            PathOption("train", "Train a model on these scans first.", ("--train",), switch=True),
+        ),
+        RunConfig,
+        (
+            "lungseg run dicom/ -o out --model bundle.safetensors",
+            "lungseg run dicom/ -o out --train --preset small --device cuda",
+        ),
+        ("device", "jobs", "threads", "overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
+        "demo",
+        "lungseg.stages.demo:demo",
+        "The whole pipeline on phantoms: trains on SAMPLES/train, scores on SAMPLES/test.",
+        (
+            PathOption("samples", "Folder with train/ and test/, as data_samples/.", required=True),
+            _output("Folder for everything made."),
+        ),
+        None,
+        ("lungseg demo data_samples -o demo-output", "lungseg demo data_samples -o demo-output --jobs 2"),
+        ("device", "jobs", "threads", *_SAYING),
+    ),
+    Command(
+        "phantom",
+        "lungseg.stages.phantom:phantom",
+        "Digital chest phantoms with known tissue: DICOM series, reference label maps and a manifest.",
+        (_output("Folder to write."),),
+        PhantomConfig,
+        ("lungseg phantom -o phantoms -n 4", "lungseg phantom -o healthy --severity healthy --first-seed 7"),
+        ("jobs", "overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
+        "doctor",
+        "lungseg.stages.doctor:doctor",
+        "What this installation has and lacks; with STORE, whether every file of a store is sound.",
+        (PathOption("store", "Patch store to verify."),),
+        None,
+        ("lungseg doctor", "lungseg doctor cohort"),
+        _SAYING,
+    ),
+    Command(
+        "info",
+        "lungseg.stages.info:info",
+        "Describe any artefact: a store, a file of it, a training run, a model, a scan.",
+        (PathOption("artefact", "File or folder.", required=True),),
+        None,
+        ("lungseg info cohort", "lungseg info run/model.safetensors"),
+        _SAYING,
+    ),
+)

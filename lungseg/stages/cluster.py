@@ -1,0 +1,444 @@
+"""``lungseg cluster``: tokens of the student, one Gaussian mixture for the cohort, and a name for each component."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lungseg.config.cluster import ClusterConfig
+from lungseg.config.execution import Execution, resolve_device
+from lungseg.config.fields import to_dict
+from lungseg.diffusion.checkpoint import Student, load_student, read_model_file, save_model
+from lungseg.diffusion.tokens import NoiseField, encode_windows
+from lungseg.errors import InputError, MismatchError
+from lungseg.segmentation.density import (
+    TokenStatistics,
+    healthy_mode_hu,
+    smooth_hu,
+    token_statistics,
+)
+from lungseg.segmentation.lattice import (
+    TokenFusion,
+    gaussian_window,
+    lattice_shape,
+    pad_volume,
+    padded_shape,
+    token_mask_fraction,
+    window_corners,
+)
+from lungseg.segmentation.mixture import MixtureFit, fit_mixture
+from lungseg.segmentation.naming import (
+    ComponentName,
+    NamingRule,
+    name_components,
+    name_tokens,
+    renumbered,
+)
+from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, limited_threads, run_cases
+from lungseg.stages.extract_radiomics import training_cases
+from lungseg.store.atomic import atomic_path, read_json, write_json
+from lungseg.store.cases import Store
+from lungseg.store.locks import lock
+from lungseg.store.patches import mask_fractions
+from lungseg.store.reader import Artefact
+from lungseg.store.schema import check_current, make_provenance, write_artefact
+from lungseg.tissue import TISSUES, tissue_by_name
+
+log = logging.getLogger(__name__)
+
+_TOKEN_SETTINGS = (
+    "timesteps", "combine", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
+)  # fmt: skip
+"""Settings the tokens depend on."""
+_SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window")
+_FIT_SETTINGS = tuple(f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size"))
+_STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
+
+
+@dataclass(frozen=True)
+class NamedFit:
+    """A fitted mixture with the tissue of each component."""
+
+    mixture: MixtureFit
+    names: tuple[ComponentName, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the mixture's arrays and the names."""
+        digest = hashlib.sha256(repr([(n.component, int(n.tissue)) for n in self.names]).encode())
+        for name, array in sorted(self.mixture.to_arrays().items()):
+            digest.update(name.encode() + array.tobytes())
+        return digest.hexdigest()
+
+
+def cluster(
+    store: Store | Path | str,
+    model: Path | str,
+    config: ClusterConfig = ClusterConfig(),
+    *,
+    fit: Path | None = None,
+    bundle: Path | None = None,
+    fit_only: bool = False,
+    execution: Execution = Execution(),
+) -> StageResult:
+    """Fit a mixture on the cohort's tokens (or take ``fit``) and write each case's posteriors.
+
+    Parameters
+    ----------
+    store : Store or path
+    model : path
+        ``model.safetensors``, a bundle, or a training run.
+    config : ClusterConfig
+    fit : path, optional
+        Bundle, or folder ``fits/<name>``: applied as it is, nothing is fitted.
+    bundle : path, optional
+        Model and fit are also written into this one file.
+    fit_only : bool
+        Stop after the fit.
+
+    Raises
+    ------
+    MismatchError
+        If model, store and fit do not belong together, or results of other settings exist.
+    """
+    store = store if isinstance(store, Store) else Store(Path(store))
+    case_ids = store.require_cases()
+    device = resolve_device(execution.device)
+    model_path = find_model(Path(model))
+    student = load_student(model_path)
+    _check_model(store, student, config)
+    outcomes: tuple[CaseOutcome, ...] = ()
+    if fit is not None:
+        fitted = load_fit(Path(fit))
+    else:
+        training = training_cases(store, case_ids)
+        outcomes = run_cases(
+            _sample_one, training, store, model_path, config, device, execution.overwrite,
+            names=training, title="cluster (tokens)", execution=execution,
+        )  # fmt: skip
+        sampled = StageResult("cluster", store.path, outcomes)
+        if execution.shard:
+            note = "this shard's tokens are sampled; then fit without --shard, and apply with --fit and --shard"
+            return dataclasses.replace(sampled, notes=(note,))
+        sampled.require_complete()
+        fitted = _fit(store, training, student, config, execution)
+    if bundle is not None:
+        _write_bundle(Path(bundle), model_path, student, fitted)
+    notes = (f"fit: {store.fit_dir(config.name)}",) if fit is None else ()
+    if fit_only:
+        return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+    outcomes = run_cases(
+        _apply_one, case_ids, store, model_path, fitted, config, device, execution.overwrite,
+        names=case_ids, title="cluster", execution=execution,
+    )  # fmt: skip
+    return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+
+
+def find_model(path: Path) -> Path:
+    """The model file of a training run, or the file itself.
+
+    Raises
+    ------
+    InputError
+        If there is none, saying how to get one.
+    """
+    if path.is_dir():
+        for name in ("model.safetensors", "bundle.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"{path} holds no model.safetensors: the training is not finished; run the same command again")
+    if not path.is_file():
+        raise InputError(f"{path}: no such model; make one with: lungseg train-ddpm STORE -o RUN")
+    return path
+
+
+def _check_model(store: Store, student: Student, config: ClusterConfig) -> None:
+    spacing, trained = float(store.header["config"]["spacing_mm"]), float(student.card["spacing_mm"])
+    if abs(spacing - trained) > 1e-6:
+        raise MismatchError(
+            f"the model was trained at {trained} mm, store {store.path} has {spacing} mm: "
+            f"make the store with --spacing-mm {trained}"
+        )
+    beyond = [t for t in config.timesteps if t > student.schedule.num_steps]
+    if beyond:
+        raise MismatchError(f"--timesteps {beyond}: the model's diffusion has {student.schedule.num_steps} steps")
+
+
+_STUDENTS: dict[tuple[Path, str], Student] = {}
+
+
+def _student(path: Path, device: str) -> Student:
+    """The model, loaded once per process."""
+    key = (path, device)
+    if key not in _STUDENTS:
+        _STUDENTS.clear()
+        _STUDENTS[key] = load_student(path, device=device)
+    return _STUDENTS[key]
+
+
+def _windows(
+    image: np.ndarray, mask: np.ndarray, student: Student, config: ClusterConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Corners (n, 3) and token descriptors (n, C, d, h, w) of all windows with lung, batch by batch."""
+    patch, p = student.config.patch_size, student.config.token_size
+    target = padded_shape(image.shape, patch, p)
+    image, mask = pad_volume(image, target), np.pad(mask, [(0, t - n) for t, n in zip(target, mask.shape, strict=True)])
+    stride = [max(p, round(n * (1 - config.overlap) / p) * p) for n in patch]
+    corners = window_corners(target, patch, stride, token_size=p)
+    corners = corners[mask_fractions(mask, corners, patch) >= max(config.min_window_lung, 1e-9)]
+    noise = NoiseField(config.seed, (target[1], target[2]))
+    for start in range(0, len(corners), config.batch_size):
+        part = corners[start : start + config.batch_size]
+        boxes = [tuple(slice(c, c + n) for c, n in zip(corner, patch, strict=True)) for corner in part]
+        hu, lung = np.stack([image[box] for box in boxes]), np.stack([mask[box] > 0 for box in boxes])
+        yield part, encode_windows(student, hu, lung, part, noise, timesteps=config.timesteps, combine=config.combine)
+
+
+def case_tokens(volume: Artefact, student: Student, config: ClusterConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Fused tokens of one case.
+
+    Returns
+    -------
+    features : float32 array, shape (C, z, y, x)
+        On the token lattice; zero where no window reached.
+    usable : bool array, shape (z, y, x)
+        Tokens that any window covered and that hold any lung.
+    """
+    image, mask = volume.read("image"), volume.read("mask")
+    embedding, p = student.config.embedding, student.config.token_size
+    channels = embedding * (len(config.timesteps) if config.combine == "concat" else 1)
+    fusion = TokenFusion(lattice_shape(image.shape, p), channels)
+    weights = gaussian_window([n // p for n in student.config.patch_size], config.window_sigma)
+    for corners, features in _windows(image, mask, student, config):
+        for corner, feature in zip(corners, features, strict=True):
+            fusion.add(corner // p, feature, weights)
+    fused, covered = fusion.result(unit_blocks=embedding)
+    return fused, covered & (token_mask_fraction(mask > 0, p) > 0)
+
+
+def _sample_one(
+    case_id: str, store: Store, model: Path, config: ClusterConfig, device: str, overwrite: bool
+) -> tuple[str, str]:
+    """Write ``tokens.<name>.h5``: a bounded random sample of one case's tokens with their HU statistics."""
+    student = _student(model, device)
+    path = store.case_file(case_id, "tokens", config.name)
+    with lock(store.lock_file(case_id, f"tokens.{config.name}")), store.open(case_id, "volume") as volume:
+        settings = {key: value for key, value in to_dict(config).items() if key in _SAMPLE_SETTINGS}
+        inputs = {"volume.h5": volume.fingerprint, "model": student.fingerprint}
+        wanted = make_provenance("cluster", settings, inputs=inputs, statistics=list(_STATISTICS))
+        if store.is_done(path, "tokens", wanted, overwrite=overwrite):
+            return SKIPPED, ""
+        mask, p = volume.read("mask") > 0, student.config.token_size
+        features, usable = case_tokens(volume, student, config)
+        index = np.argwhere(usable & (token_mask_fraction(mask, p) >= config.min_token_lung))
+        rng = np.random.Generator(np.random.Philox(_seed_of(config.seed, case_id)))
+        index = index[np.sort(rng.permutation(len(index))[: config.tokens_per_case])].astype(np.int32)
+        image, grid = volume.read("image"), volume.provenance["grid"]
+        spacing = cast("tuple[float, float, float]", tuple(grid["spacing_mm"]))
+        statistics = token_statistics(image, mask, index, token_size=p, window=config.naming_window, spacing_mm=spacing)
+        mode = healthy_mode_hu(smooth_hu(image, mask), mask)
+        datasets = {
+            "index": index,
+            "features": np.ascontiguousarray(features[:, *index.T].T),
+            "statistics": np.stack([getattr(statistics, name) for name in _STATISTICS], axis=1).astype(np.float32),
+        }
+        write_artefact(path, "tokens", datasets, provenance={**wanted, "healthy_mode_hu": mode})
+    return DONE, "" if len(index) else "no token with enough lung"
+
+
+def _seed_of(seed: int, case_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{case_id}".encode()).digest()[:8], "little")
+
+
+def _fit(store: Store, case_ids: list[str], student: Student, config: ClusterConfig, execution: Execution) -> NamedFit:
+    """Fit and name the mixture, or load the one made before with the same settings and tokens."""
+    folder = store.fit_dir(config.name)
+    with lock(store.path / f"fits.{config.name}.lock"), limited_threads(execution.threads):
+        samples = {}
+        for case_id in case_ids:
+            with store.open(case_id, "tokens", config.name) as sample:
+                samples[case_id] = sample.fingerprint
+        settings = {key: value for key, value in to_dict(config).items() if key in _FIT_SETTINGS}
+        wanted = make_provenance("cluster", settings, inputs={**samples, "model": student.fingerprint})
+        if (folder / "clusters.json").exists():
+            try:
+                check_current(read_json(folder / "clusters.json")["provenance"], wanted, what=str(folder))
+                return load_fit(folder)
+            except MismatchError:
+                if not execution.overwrite:
+                    raise
+        fitted = _fit_tokens(store, case_ids, config, wanted)
+        _write_fit(folder, fitted)
+    return fitted
+
+
+def _fit_tokens(store: Store, case_ids: list[str], config: ClusterConfig, provenance: dict[str, Any]) -> NamedFit:
+    """Mixture over equally many tokens per case, named by what its members look like."""
+    share = max(1, config.max_tokens // len(case_ids))
+    tokens, statistics, named = [], [], []
+    for case_id in case_ids:
+        with store.open(case_id, "tokens", config.name) as sample:
+            tokens.append(sample.read("features")[:share])
+            stats = _statistics(sample.read("statistics")[:share])
+            mode = sample.provenance["healthy_mode_hu"]
+        statistics.append(stats)
+        named.append(name_tokens(stats, healthy_mode_hu=mode))
+    joined = np.concatenate(tokens)
+    log.info("cluster: fitting %d components on %d tokens", config.components, len(joined))
+    mixture = fit_mixture(
+        joined,
+        num_components=config.components,
+        pca_components=config.pca,
+        whiten=config.whiten,
+        standardise=config.standardise,
+        regularisation=config.regularisation,
+        restarts=config.restarts,
+        max_iterations=config.iterations,
+        seed=config.seed,
+    )
+    log.info("cluster: effective rank %.1f, converged %s", mixture.effective_rank, mixture.converged)
+    names = name_components(
+        mixture.posterior(joined), np.concatenate(named), _join(statistics), rule=cast(NamingRule, config.naming)
+    )
+    mixture = mixture.reorder([name.component for name in names])
+    return NamedFit(mixture, tuple(renumbered(names)), provenance)
+
+
+def _statistics(table: np.ndarray) -> TokenStatistics:
+    columns = {name: table[:, i] for i, name in enumerate(_STATISTICS)}
+    columns["num_voxels"] = columns["num_voxels"].astype(np.int32)
+    return TokenStatistics(**columns)
+
+
+def _join(parts: list[TokenStatistics]) -> TokenStatistics:
+    return TokenStatistics(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _STATISTICS})
+
+
+def _fit_json(fitted: NamedFit) -> dict[str, Any]:
+    """What ``clusters.json`` says: every component's name, statistics and the rule that fired."""
+    components = []
+    for name in fitted.names:
+        row = {key: _json_number(value) for key, value in vars(name).items() if key not in ("tissue", "votes")}
+        votes = {TISSUES[tissue].name: round(float(share), 6) for tissue, share in name.votes.items()}
+        components.append({**row, "tissue": TISSUES[name.tissue].name, "votes": votes})
+    return {"provenance": fitted.provenance, "components": components}
+
+
+def _json_number(value: Any) -> Any:
+    return (None if np.isnan(value) else float(value)) if isinstance(value, (float, np.floating)) else value
+
+
+def _fit_from(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NamedFit:
+    names = []
+    for row in description["components"]:
+        values: dict[str, Any] = {key: float("nan") if value is None else value for key, value in row.items()}
+        votes = {tissue_by_name(key): share for key, share in row["votes"].items()}
+        names.append(ComponentName(**{**values, "tissue": tissue_by_name(row["tissue"]), "votes": votes}))
+    return NamedFit(MixtureFit.from_arrays(arrays), tuple(names), dict(description["provenance"]))
+
+
+def _write_fit(folder: Path, fitted: NamedFit) -> None:
+    from safetensors.numpy import save
+
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        (partial / "mixture.safetensors").write_bytes(save(_saveable(fitted.mixture)))
+        write_json(partial / "clusters.json", _fit_json(fitted))
+
+
+def _saveable(mixture: MixtureFit) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(array) for name, array in mixture.to_arrays().items()}
+
+
+def load_fit(path: Path) -> NamedFit:
+    """A fitted clustering: folder ``fits/<name>`` of a store, or a bundle.
+
+    Raises
+    ------
+    MismatchError
+        If a model file without a fit is given.
+    StoreError
+        If files are missing or damaged.
+    """
+    if path.is_dir() and (path / "clusters.json").exists():
+        from safetensors.numpy import load_file
+
+        return _fit_from(read_json(path / "clusters.json"), load_file(path / "mixture.safetensors"))
+    metadata, tensors = read_model_file(find_model(path))
+    if not metadata["extra"]:
+        raise MismatchError(f"{path} holds a model but no fit: run lungseg cluster STORE --model {path} --bundle FILE")
+    arrays = {name.removeprefix("fit."): t.numpy() for name, t in tensors.items() if name.startswith("fit.")}
+    return _fit_from(metadata["extra"], arrays)
+
+
+def _write_bundle(path: Path, model: Path, student: Student, fitted: NamedFit) -> None:
+    import torch
+
+    _, tensors = read_model_file(model)
+    weights = {name: t for name, t in tensors.items() if not name.startswith("fit.")}
+    extra = {f"fit.{name}": torch.from_numpy(array) for name, array in _saveable(fitted.mixture).items()}
+    save_model(path, weights, config=student.config, card=student.card, extra_tensors=extra, extra=_fit_json(fitted))
+
+
+def _apply_one(
+    case_id: str,
+    store: Store,
+    model: Path,
+    fitted: NamedFit,
+    config: ClusterConfig,
+    device: str,
+    overwrite: bool,
+) -> tuple[str, str]:
+    """Write ``clusters.<name>.h5``: posteriors of the components on the token lattice."""
+    student = _student(model, device)
+    path = store.case_file(case_id, "clusters", config.name)
+    with lock(store.lock_file(case_id, f"clusters.{config.name}")), store.open(case_id, "volume") as volume:
+        settings = {key: value for key, value in to_dict(config).items() if key in _TOKEN_SETTINGS}
+        inputs = {
+            "volume.h5": volume.fingerprint,
+            "model": student.fingerprint,
+            "fit": fitted.fingerprint,
+        }
+        extra = {
+            "token_size": student.config.token_size,
+            "tissues": [TISSUES[name.tissue].name for name in fitted.names],
+        }
+        wanted = make_provenance("cluster", settings, inputs=inputs, **extra)
+        if store.is_done(path, "clusters", wanted, overwrite=overwrite):
+            return SKIPPED, ""
+        features, usable = case_tokens(volume, student, config)
+        posterior = np.zeros((fitted.mixture.num_components, *usable.shape), dtype=np.float16)
+        if usable.any():
+            posterior[:, usable] = fitted.mixture.posterior(np.ascontiguousarray(features[:, usable].T)).T
+        datasets = {"posterior": posterior, "coverage": usable.astype(np.uint8)}
+        write_artefact(path, "clusters", datasets, provenance=wanted)
+    return DONE, "" if usable.any() else "no lung: nothing to cluster"
+
+
+def names_table(fitted: NamedFit) -> Any:
+    """Table of the components for the terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"{fitted.mixture.num_components} components")
+    for column in ("component", "tissue", "share", "median HU", "25th pct.", "LAA-950", "local SD", "votes"):
+        table.add_column(column, justify="left" if column == "tissue" else "right")
+    for name in fitted.names:
+        table.add_row(
+            str(name.component),
+            TISSUES[name.tissue].title,
+            f"{100 * name.weight:.1f} %",
+            f"{name.median_hu:.0f}",
+            f"{name.p25_hu:.0f}",
+            f"{100 * name.laa950_share:.0f} %",
+            f"{name.local_sd_hu:.0f}",
+            f"{100 * max(name.votes.values(), default=0.0):.0f} %",
+        )
+    return table
