@@ -1,0 +1,213 @@
+"""Which files form a case: folders, files and manifests become a list of scans to read, each one patient's.
+
+Decided once, here, before anything is read: one case per DICOM study (its best chest series), one per image file.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lungseg.errors import InputError
+from lungseg.scan.dicom import Series, choose_series, find_series, read_series
+from lungseg.scan.nifti import read_image
+from lungseg.scan.volume import Volume
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+MANIFEST_COLUMNS = ("path", "series", "case_id", "patient_id", "split", "reference", "inspiration")
+SPLITS = ("", "train", "val", "test")
+INSPIRATIONS = ("", "inspiration", "expiration")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One scan to read, or the reason why it cannot be."""
+
+    path: Path
+    """What the user gave. Never written to an artefact: folder names hold patient names."""
+    series: Series | None = None
+    """Chosen DICOM series; None for an image file."""
+    others: tuple[str, ...] = ()
+    """Series of the study that were not used, and why."""
+    problem: str = ""
+    """Why there is nothing to read; empty if there is."""
+    case_id: str = ""
+    """Given by a manifest; else empty."""
+    patient_id: str = ""
+    """As in the manifest or the DICOM header: to be hashed unless from a manifest."""
+    split: str = ""
+    reference: Path | None = None
+    inspiration: str = ""
+
+    def key(self) -> str:
+        """What tells this scan from another one without reading its voxels; '' for image files."""
+        if self.series is None:
+            return ""
+        size = sum(file.stat().st_size for file in self.series.files)
+        return f"{self.series.series_uid}/{len(self.series.files)}/{size}"
+
+    def read(self, *, assume_hu: bool = False) -> Volume:
+        """The volume; ``InputError`` if it cannot be read as one."""
+        if self.problem:
+            raise InputError(self.problem)
+        return read_image(self.path) if self.series is None else read_series(self.series, assume_hu=assume_hu)
+
+
+def voxel_digest(volume: Volume) -> bytes:
+    """SHA-256 of voxels and grid: identifies an image file that has no series UID."""
+    digest = hashlib.sha256(repr(volume.geometry).encode())
+    digest.update(volume.array.data)
+    return digest.digest()
+
+
+def find_sources(paths: Sequence[Path]) -> list[Source]:
+    """Scans under the given folders and files, in a fixed order; a bad one is listed with its problem.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        DICOM folders (searched recursively, may hold many studies), image files, or folders of image files.
+
+    Raises
+    ------
+    InputError
+        If no path is given or one does not exist.
+    """
+    if not paths:
+        raise InputError("no scans given: name DICOM folders or image files, or give a --manifest")
+    sources: list[Source] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        sources += _sources_of(path)
+    return sources
+
+
+def _sources_of(path: Path) -> list[Source]:
+    if path.is_file():
+        return [Source(path)] if _is_image(path) else _studies(path)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    images = [Source(file) for file in files if _is_image(file)]
+    # a folder of images alone is no failed DICOM folder; a README or a table beside them is no DICOM either
+    if images and not any(_may_be_dicom(file) for file in files):
+        return images
+    return images + _studies(path)
+
+
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _may_be_dicom(path: Path) -> bool:
+    return not _is_image(path) and path.suffix.lower() not in (
+        ".csv",
+        ".json",
+        ".txt",
+        ".md",
+        ".raw",
+        ".zraw",
+        ".png",
+        ".pdf",
+    )
+
+
+def _studies(path: Path) -> list[Source]:
+    """One source per study below ``path``."""
+    try:
+        scan = find_series(path)
+    except InputError as error:
+        return [Source(path, problem=str(error))]
+    studies: dict[tuple[str, str], list[Series]] = {}
+    for series in scan.series:
+        studies.setdefault((series.patient_id, series.study_uid), []).append(series)
+    return [_choose(path, group) for _, group in sorted(studies.items())]
+
+
+def _choose(path: Path, group: Sequence[Series]) -> Source:
+    try:
+        choice = choose_series(group)
+    except InputError as error:
+        return Source(path, problem=f"{path}: {error}", patient_id=group[0].patient_id)
+    others = tuple(f"series with {len(series.files)} slices not used: {reason}" for series, reason in choice.others)
+    return Source(path, choice.chosen, others, patient_id=choice.chosen.patient_id)
+
+
+def read_manifest(manifest: Path, paths: Iterable[Path] = ()) -> list[Source]:
+    """Scans listed in a CSV; with ``paths``, only those at or below them.
+
+    Columns: path (needed; relative to the manifest), series (a SeriesInstanceUID), case_id, patient_id,
+    split (train, val, test), reference (label map), inspiration (inspiration, expiration). Any other may be absent.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, has unknown columns or values, repeats a case id, or lists nothing.
+    """
+    rows = _manifest_rows(manifest)
+    chosen = [path.resolve() for path in paths]
+    sources = []
+    for number, row in enumerate(rows, start=2):
+        where = f"{manifest}, line {number}"
+        values = {key: (value or "").strip() for key, value in row.items() if key}
+        if not values.get("path"):
+            raise InputError(f"{where}: the path is empty")
+        path = manifest.parent / values["path"]
+        if chosen and not any(root == path.resolve() or root in path.resolve().parents for root in chosen):
+            continue
+        for key, allowed in (("split", SPLITS), ("inspiration", INSPIRATIONS)):
+            if values.get(key, "") not in allowed:
+                raise InputError(f"{where}: {key} '{values[key]}' is not one of {', '.join(a for a in allowed if a)}")
+        reference = manifest.parent / values["reference"] if values.get("reference") else None
+        sources.append(
+            replace(
+                _listed(path, values.get("series", ""), where),
+                case_id=values.get("case_id", ""),
+                patient_id=values.get("patient_id", ""),
+                split=values.get("split", ""),
+                reference=reference,
+                inspiration=values.get("inspiration", ""),
+            )
+        )
+    names = [source.case_id for source in sources if source.case_id]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"{manifest}: case_id {', '.join(repeated)} appears more than once")
+    if not sources:
+        raise InputError(f"{manifest}: lists no scan" + (" below the given paths" if chosen else ""))
+    return sources
+
+
+def _manifest_rows(manifest: Path) -> list[dict[str, str]]:
+    try:
+        with open(manifest, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{manifest}: cannot be read as CSV: {error}") from error
+    unknown = [column for column in columns if column not in MANIFEST_COLUMNS]
+    if unknown or "path" not in columns:
+        problem = f"unknown columns {', '.join(unknown)}" if unknown else "no column 'path'"
+        raise InputError(f"{manifest}: {problem}; the columns are {', '.join(MANIFEST_COLUMNS)}")
+    return rows
+
+
+def _listed(path: Path, series_uid: str, where: str) -> Source:
+    """The one scan a row names."""
+    if not path.exists():
+        return Source(path, problem=f"{where}: {path} does not exist")
+    if series_uid:
+        try:
+            found = [s for s in find_series(path).series if s.series_uid == series_uid]
+        except InputError as error:
+            return Source(path, problem=f"{where}: {error}")
+        if not found:
+            return Source(path, problem=f"{where}: {path} holds no series {series_uid}")
+        return _choose(path, found)
+    sources = _sources_of(path)
+    if len(sources) > 1:
+        return Source(path, problem=f"{where}: {path} holds {len(sources)} scans; name one file, folder or series")
+    return sources[0]
