@@ -74,6 +74,10 @@ HEALTHY_MEDIAN_HU = -700.0
 """Median at or below: healthy. Lower bound of ground glass, general knowledge (METHOD 6)."""
 FIBROSIS_LOCAL_SD_HU = 120.0
 """Local standard deviation (5 mm window) above which an intermediate density is fibrosis: our choice (METHOD 1.6)."""
+FIBROSIS_TO_HEALTHY_TEXTURE = 2.0
+"""The same cut against the median local standard deviation of the scan's own healthy tokens; the lower of both cuts
+counts. Thick slices and soft kernels wash texture out, in fibrosis and in healthy lung alike (FEASIBILITY, failure 8).
+The factor is our choice; it was last looked at on validation phantoms 300-302, so it is phantom-informed."""
 HEALTHY_MODE_RANGE_HU = (-950.0, -700.0)
 """Band in which a scan's healthy mode is looked for: usual inspiratory band of healthy lung (METHOD 6)."""
 DENSE_HU = -200.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lungseg.config.fields import option
+from lungseg.config.fields import MAX_SEED, option
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ class ClusterConfig:
     iterations: int = option(100, "EM iterations at most.", minimum=1, maximum=10_000)
     naming: str = option("votes", "How components are named.", choices=("votes", "mean-hu", "mean-hu-adaptive"))
     naming_window: int = option(8, "Edge of the window whose HU name a token.", unit="voxels", minimum=2, maximum=64)
+    naming_sigma_mm: float = option(
+        0.6, "Smoothing before voxels are counted for naming (1 voxel of 0.6 mm).", unit="mm", above=0.0
+    )
     tokens_per_case: int = option(20_000, "Tokens sampled a case for the fit.", minimum=10)
     max_tokens: int = option(500_000, "Tokens in the fit, over all cases.", minimum=100)
     batch_size: int = option(16, "Windows per forward pass.", minimum=1)
-    seed: int = option(42, "Seed of the noise, the sampling and the fit.", minimum=0)
+    seed: int = option(42, "Seed of the noise, the sampling and the fit.", minimum=0, maximum=MAX_SEED)
 
     def check(self) -> list[str]:
         """Conflicts between fields, in words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,8 +38,7 @@ class Execution:
             _parse_shard(self.shard)
         except ValueError:
             problems.append(f"--shard: '{self.shard}' is not i/n with 1 <= i <= n")
-        kind, _, number = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             problems.append(f"--device: '{self.device}' is not one of auto, cpu, cuda, cuda:N")
         return problems
 

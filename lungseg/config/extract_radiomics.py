@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lungseg.config.fields import option
+from lungseg.config.fields import MAX_SEED, option
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class RadiomicsConfig:
     samples_per_case: int = option(
         2000, "Windows of each size sampled a case for the standardisation.", minimum=10, maximum=1_000_000
     )
-    seed: int = option(0, "Seed of the sampling.", minimum=0)
+    seed: int = option(0, "Seed of the sampling.", minimum=0, maximum=MAX_SEED)

@@ -21,6 +21,13 @@ from lungseg.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
 
+TABLES = (
+    "preprocess", "extract-radiomics", "train-ddpm", "synthesize", "cluster", "refine", "evaluate", "run", "phantom",
+)  # fmt: skip
+"""Tables of a TOML file: the commands that have settings."""
+MAX_SEED = 2**32 - 1
+"""Largest seed that every generator takes."""
+
 
 @dataclass(frozen=True)
 class OptionInfo:
@@ -90,7 +97,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         For an unknown key (with the nearest valid name), a value of the wrong type or out of range; all problems
         are listed at once.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if "option" in f.metadata}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
     parsed: dict[str, Any] = {}
@@ -103,7 +110,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
             continue
         try:
             parsed[key] = parse_value(hints[key], value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{flag_name(key)}: {value!r} is not {_type_words(hints[key])}")
             continue
         problems += [f"{flag_name(key)}: {text}" for text in _range_problems(option_info(fields[key]), parsed[key])]
@@ -166,7 +173,7 @@ def _range_problems(info: OptionInfo, value: Any) -> list[str]:
             hint = f"; did you mean '{near[0]}'?" if near else ""
             problems.append(f"'{item}' is not one of {', '.join(info.choices)}{hint}")
         if isinstance(item, (int, float)):
-            if not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item):
                 problems.append(f"{item} is not finite")
             if info.minimum is not None and item < info.minimum:
                 problems.append(f"{item} is below the minimum of {info.minimum:g}{_unit(info)}")
@@ -187,16 +194,24 @@ def read_toml(path: Path, table: str) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        If the file cannot be read or parsed, or the table is not a table.
+        If the file cannot be read or parsed, or holds anything but tables named like commands.
     """
     try:
         with open(path, "rb") as stream:
             document = tomllib.load(stream)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML: {error}") from error
-    values = document.get(table, {})
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: [{table}] must be a table of options")
+    problems = []
+    for name, content in document.items():
+        if name not in TABLES:
+            near = difflib.get_close_matches(name, TABLES, n=1)
+            hint = f"did you mean [{near[0]}]?" if near else f"tables are named {', '.join(TABLES)}"
+            problems.append(f"--config {path}: unknown table '{name}'; {hint}")
+        elif not isinstance(content, dict):
+            problems.append(f"--config {path}: [{name}] must be a table of options")
+    if problems:
+        raise UsageError("\n".join(problems))
+    values: dict[str, Any] = document.get(table, {})
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lungseg.config.fields import option
+from lungseg.config.fields import MAX_SEED, option
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class PhantomConfig:
     """Digital chest phantoms with known tissue, written as DICOM series."""
 
     num: int = option(1, "Phantoms to make.", minimum=1, maximum=10_000)
-    first_seed: int = option(1000, "Seed of the first phantom; the next ones count up.", minimum=0)
+    first_seed: int = option(1000, "Seed of the first phantom; the next ones count up.", minimum=0, maximum=MAX_SEED)
     extent_mm: tuple[float, float, float] = option(
         (300.0, 260.0, 340.0), "Field of view (z,y,x).", unit="mm", minimum=60, maximum=600
     )

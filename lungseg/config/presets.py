@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
         PreprocessConfig: {"spacing_mm": 1.5, "patch_size": (16, 32, 32), "patch_stride": (8, 16, 16)},
         RadiomicsConfig: {"window": 16, "stride": 8, "standardisation_windows": (8, 16), "samples_per_case": 500},
         TrainConfig: {
-            "base_width": 32,
+            "base_width": 16,
             "multipliers": (1, 2),
             "stem": 2,
             "patch_size": (16, 32, 32),

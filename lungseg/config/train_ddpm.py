@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lungseg.config.fields import option
+from lungseg.config.fields import MAX_SEED, option
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TrainConfig:
     log_images: int = option(1_600, "Images between lines of stats.jsonl.", minimum=1)
     workers: int = option(0, "Loader processes per device.", minimum=0, maximum=64)
     cache_gib: float = option(8.0, "Memory for volumes kept in each loader process.", unit="GiB", minimum=0)
-    seed: int = option(0, "Seed of weights, order, noise and augmentation.", minimum=0)
+    seed: int = option(0, "Seed of weights, order, noise and augmentation.", minimum=0, maximum=MAX_SEED)
 
     @property
     def token_size(self) -> int:
@@ -80,6 +80,8 @@ class TrainConfig:
 
     def check(self) -> list[str]:
         """Conflicts between fields, in words."""
+        if not self.multipliers:
+            return ["--multipliers is empty"]
         problems = []
         if any(size % self.token_size for size in self.patch_size):
             problems.append(f"--patch-size {self.patch_size} is not a multiple of the token size {self.token_size}")

@@ -81,7 +81,7 @@ def name_tokens(stats: TokenStatistics, *, healthy_mode_hu: float) -> np.ndarray
     Parameters
     ----------
     stats : TokenStatistics
-        Of N tokens.
+        Of N tokens of one scan.
     healthy_mode_hu : float
         From ``healthy_mode_hu`` of the same scan.
 
@@ -103,12 +103,17 @@ def name_tokens(stats: TokenStatistics, *, healthy_mode_hu: float) -> np.ndarray
         | (dense & (stats.p25_hu <= cut.HEALTHY_MEDIAN_HU))
         | (stats.p25_hu <= healthy_mode_hu)
     )
+    texture_cut = cut.FIBROSIS_LOCAL_SD_HU
+    plain = healthy & ~emphysema & (stats.median_hu <= cut.HEALTHY_MEDIAN_HU) & (stats.num_voxels > 0)
+    if plain.any():
+        own = cut.FIBROSIS_TO_HEALTHY_TEXTURE * float(np.median(stats.local_sd_median[plain]))
+        texture_cut = min(texture_cut, own)
     conditions = [
         stats.num_voxels == 0,
         emphysema,
         healthy,
         dense,
-        stats.local_sd_median > cut.FIBROSIS_LOCAL_SD_HU,
+        stats.local_sd_median > texture_cut,
     ]
     names = [UNCLASSIFIED, Tissue.EMPHYSEMA, Tissue.HEALTHY, Tissue.CONSOLIDATION, Tissue.FIBROSIS]
     return np.select(conditions, [np.uint8(name) for name in names], default=np.uint8(Tissue.GGO)).astype(np.uint8)

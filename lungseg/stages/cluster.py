@@ -57,7 +57,7 @@ _TOKEN_SETTINGS = (
     "timesteps", "combine", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
 )  # fmt: skip
 """Settings the tokens depend on."""
-_SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window")
+_SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window", "naming_sigma_mm")
 _FIT_SETTINGS = tuple(f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size"))
 _STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
 
@@ -243,8 +243,11 @@ def _sample_one(
         index = index[np.sort(rng.permutation(len(index))[: config.tokens_per_case])].astype(np.int32)
         image, grid = volume.read("image"), volume.provenance["grid"]
         spacing = cast("tuple[float, float, float]", tuple(grid["spacing_mm"]))
-        statistics = token_statistics(image, mask, index, token_size=p, window=config.naming_window, spacing_mm=spacing)
-        mode = healthy_mode_hu(smooth_hu(image, mask), mask)
+        sigma = config.naming_sigma_mm / spacing[0]
+        statistics = token_statistics(
+            image, mask, index, token_size=p, window=config.naming_window, spacing_mm=spacing, smoothing_voxels=sigma
+        )
+        mode = healthy_mode_hu(smooth_hu(image, mask, sigma), mask)
         datasets = {
             "index": index,
             "features": np.ascontiguousarray(features[:, *index.T].T),

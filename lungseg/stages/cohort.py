@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.config.execution import Execution
-from lungseg.errors import InputError, LockedError, LungsegError, PartialError, ResourceError
+from lungseg.errors import InputError, Interrupted, LockedError, LungsegError, PartialError, ResourceError
 from lungseg.stages.progress import progress
 
 log = logging.getLogger(__name__)
@@ -149,12 +149,14 @@ def _results(
 
 
 def guarded(work: Work, item: Any, name: str, *arguments: Any) -> CaseOutcome:
-    """The per-case boundary: any error becomes an outcome, with its exit code and traceback."""
+    """The per-case boundary: any error but an interruption becomes an outcome, with its exit code and traceback."""
     with limited_threads(1):
         try:
             status, message, *value = work(item, *arguments)
             code = InputError.exit_code if status == FAILED else 0
             return CaseOutcome(name, status, message, code, value=value[0] if value else None)
+        except Interrupted:  # SIGTERM: the whole run stops, not this case
+            raise
         except LockedError as error:
             return CaseOutcome(name, BUSY, str(error))
         except LungsegError as error:

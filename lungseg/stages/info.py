@@ -77,6 +77,8 @@ def _fit(path: Path) -> Iterator[tuple[str, str]]:
 
 def _run(path: Path) -> Iterator[tuple[str, str]]:
     header = read_json(path / "config.json")
+    if not isinstance(header, dict) or header.get("format") != "lungseg-run":
+        raise InputError(f"{path}: its config.json is not that of a training run")
     lines = (path / "stats.jsonl").read_text(encoding="utf-8").splitlines() if (path / "stats.jsonl").exists() else []
     done = (path / "model.safetensors").exists()
     yield "state", "complete" if done else "unfinished: run the same train-ddpm command again"
@@ -121,11 +123,15 @@ def _artefact(path: Path) -> Iterator[tuple[str, str]]:
 def _scan(path: Path) -> Iterator[tuple[str, str]]:
     from lungseg.scan.sources import find_sources
 
-    for number, source in enumerate(find_sources([path]), start=1):
-        if source.problem:
-            yield f"scan {number}", f"cannot be used: {source.problem}"
+    sources = find_sources([path])
+    if len(sources) == 1 and sources[0].problem:
+        raise InputError(sources[0].problem)
+    for number, source in enumerate(sources, start=1):
+        try:
+            volume = source.read()
+        except InputError as error:
+            yield f"scan {number}", f"cannot be used: {error}"
             continue
-        volume = source.read()
         grid = volume.geometry
         yield f"scan {number}", " x ".join(str(n) for n in grid.shape) + " voxels (z,y,x)"
         yield "spacing", " x ".join(f"{s:.4g}" for s in grid.spacing_mm) + " mm"

@@ -96,7 +96,8 @@ class _Run:
         self.output.mkdir(parents=True, exist_ok=True)
         with _maybe_lock(self.output / "train.lock", self.rank), limited_threads(self.execution.threads):
             header = self._header()
-            if (self.output / "config.json").exists():
+            known = (self.output / "config.json").exists()
+            if known:
                 check_current(
                     read_json(self.output / "config.json"), header, what=f"run {self.output}",
                     overwrite_hint="another output folder",
@@ -106,7 +107,8 @@ class _Run:
                 return StageResult("train-ddpm", self.output, notes=(f"already complete: {model_path}",))
             if self.rank == 0:
                 self._clean()
-                write_json(self.output / "config.json", header)
+                if not known:
+                    write_json(self.output / "config.json", header)
             with self._signals():
                 trainer = self._loop()
             if self.rank == 0:

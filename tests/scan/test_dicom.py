@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import permutations, product
 from pathlib import Path
@@ -704,3 +706,26 @@ def test_real_bad_input_is_refused(shared_data: Path, folder: str, phrases: list
         choose_series(find_series(shared_data / "badinput" / folder).series)
     for phrase in phrases:
         assert phrase in str(caught.value)
+
+
+def test_written_bytes_do_not_depend_on_what_was_read_before(tmp_path: Path) -> None:
+    """GDCM keeps global state between reading and writing; the phantoms' bytes must not show it."""
+    rng = np.random.default_rng(0)
+    volume = Volume(rng.integers(-1000, 100, (8, 20, 24)).astype(np.int16), Geometry((8, 20, 24), (3.0, 2.0, 2.0)))
+    script = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from lungseg.scan.dicom import find_series, read_series, write_dicom_series\n"
+        "from lungseg.scan.volume import Geometry, Volume\n"
+        "rng = np.random.default_rng(0)\n"
+        "array = rng.integers(-1000, 100, (8, 20, 24)).astype(np.int16)\n"
+        "volume = Volume(array, Geometry((8, 20, 24), (3.0, 2.0, 2.0)))\n"
+        "for name in ('first', 'second'):\n"
+        "    folder = Path(sys.argv[1]) / name\n"
+        "    write_dicom_series(folder, volume, patient_id='p', series_seed='s')\n"
+        "    read_series(find_series(folder).series[0])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    write_dicom_series(tmp_path / "third", volume, patient_id="p", series_seed="s")
+    for path in sorted((tmp_path / "first").iterdir()):
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+        assert path.read_bytes() == (tmp_path / "third" / path.name).read_bytes()

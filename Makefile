@@ -1,0 +1,47 @@
+# make demo | test | test-fast | lint | bench | tables | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Pins torch to the version the tests were run with; where an index serves CPU builds this also avoids gigabytes of
+# CUDA packages. On a CUDA machine: make setup CONSTRAINTS=
+CONSTRAINTS ?= torch==2.13.0
+DEMO_OUTPUT ?= demo-output
+JOBS ?= 2
+# One thread per process: contended cores are up to ten times slower with two.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-fast lint bench tables clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	printf '%s\n' "$(CONSTRAINTS)" > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,pyradiomics]'
+	touch $@
+
+demo: setup
+	$(BIN)/lungseg demo data_samples -o $(DEMO_OUTPUT) --jobs $(JOBS)
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=lungseg --cov-report=term:skip-covered --cov-fail-under=85
+
+test-fast: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python tests/benchmarks/store_compression.py
+	$(BIN)/python tests/benchmarks/radiomics_speed.py
+	$(BIN)/python tests/benchmarks/real_chest.py
+
+tables: demo
+	@cat $(DEMO_OUTPUT)/test/scores/table.md
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

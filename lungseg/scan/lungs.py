@@ -1,0 +1,272 @@
+"""The lung field: which voxels of a CT are left and right lung.
+
+Thresholds find the air inside the body, the airway tree is taken out, and a closing per lung brings back vessels
+and dense disease up to about 30 mm. All of it runs on a coarse copy (about 2 mm) and is then brought to the input
+grid as a smooth surface, so time and memory hardly depend on the resolution of the scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from lungseg.errors import InputError
+from lungseg.scan.lungs_airway import find_airway
+from lungseg.scan.lungs_grid import axis_weights, coarsen, spread
+from lungseg.scan.lungs_sides import fill_each, split_sides
+from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
+
+COARSE_MM = 2.0
+"""Voxel size of the working copy: half the thinnest wall (chest wall, diaphragm + stomach) that must hold."""
+AIR_HU = -320.0
+"""Below is air or aerated lung: halfway between lung and soft tissue, as in most threshold lungs (-300 to -400)."""
+BODY_HU = -250.0
+OUTSIDE_HU = -930.0
+"""Air at the sides of the scan that is as empty as this lies outside the body; a lung cut by the field is denser."""
+GAS_HU = -930.0
+GAS_SHARE = 0.90
+"""Bowel and stomach hold gas only: nearly all of their inside is below ``GAS_HU``. Lungs hold vessels."""
+MIN_AREA_MM2 = 700.0
+"""A lung reaches this area in at least one slice."""
+MIN_SHARE = 0.06
+"""A second lung smaller than this share of the first is no lung."""
+MIN_SUPPORT = 0.3
+"""Share of the surroundings of a lung that is thick soft tissue; the hollow of a table has none."""
+ENCLOSED_SHARE = 0.4
+"""Share of the columns (along y) of a lung with body on both sides; gaps between patient and table have few."""
+SOFT_HU = 180.0
+"""Half-width of the ramp around ``AIR_HU`` by which the border is placed between coarse voxels."""
+SMALL_LITRES, LARGE_LITRES = 1.0, 9.0
+TRUNCATED_SHARE = 0.25
+"""Lung area on the first or last slice, against the largest of all slices, from which the lung counts as cut."""
+
+
+@dataclass(frozen=True)
+class LungField:
+    """Both lungs without trachea and main bronchi, on the grid of the scan."""
+
+    labels: np.ndarray
+    """uint8 (Z, Y, X): 1 left, 2 right, 0 else."""
+    volume_ml: float
+    """Of both lungs; 0 if there are none."""
+    mean_hu: float
+    """Of both lungs; ``nan`` if there are none."""
+    warnings: tuple[str, ...]
+    """What the user should know; the first words are stable: "no lung", "small", "large", "one lung", "truncated"."""
+
+
+def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> LungField:
+    """Left and right lung of a CT scan by thresholds and closing.
+
+    Parameters
+    ----------
+    volume_hu : real array, shape (Z, Y, X)
+        CT in HU, axes as in ``volume.py`` (z to superior, y to posterior, x to the patient's left). Padding below
+        -1024 HU and NaN count as air outside the body. Not changed.
+    spacing_mm : (z, y, x)
+        Distance of voxel centres, 0.3 to 10 mm.
+
+    Returns
+    -------
+    LungField
+        If no lung is found ``labels`` is all 0 and the only warning starts with "no lung".
+
+    Raises
+    ------
+    InputError
+        If the array does not have three axes of at least one voxel, or a spacing is not positive.
+
+    Notes
+    -----
+    Dense disease at the pleura is kept inside for the most part up to about 30 mm; larger consolidations, and
+    those at mediastinum and diaphragm, may be cut off.
+    Memory: less than one float32 copy of the input besides the labels.
+    """
+    if volume_hu.ndim != 3 or 0 in volume_hu.shape:
+        raise InputError(f"a lung field needs a volume of three axes, not shape {volume_hu.shape}")
+    if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
+        raise InputError(f"spacing must be strictly positive and finite, not {spacing_mm} mm")
+    coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, COARSE_MM)
+    sides, filled = _coarse_lungs(coarse_hu, coarse_mm)
+    if not sides.any():
+        empty = np.zeros(volume_hu.shape, dtype=np.uint8)
+        return LungField(empty, 0.0, float("nan"), ("no lung found: is this a CT of the chest in HU?",))
+    weights = [
+        axis_weights(n, step, m, s)
+        for n, step, m, s in zip(volume_hu.shape, spacing_mm, coarse_hu.shape, coarse_mm, strict=True)
+    ]
+    soft = _soft_share(coarse_hu, sides, filled)
+    labels = np.zeros(volume_hu.shape, dtype=np.uint8)
+    total, count = 0.0, 0
+    planes = zip(*(spread(np.where(_nearest(sides, side), soft, 0.0), weights) for side in _SIDES), strict=True)
+    for z, (left, right) in enumerate(planes):
+        inside = left + right >= 0.5
+        labels[z] = np.where(inside, np.where(left >= right, LUNG_LEFT, LUNG_RIGHT), 0)
+        total += float(volume_hu[z][inside].sum(dtype=np.float64))
+        count += int(inside.sum())
+    volume_ml = count * float(np.prod(spacing_mm)) / 1000.0
+    mean_hu = total / count if count else float("nan")
+    return LungField(labels, volume_ml, mean_hu, _warnings(labels, volume_ml))
+
+
+_SIDES = (LUNG_LEFT, LUNG_RIGHT)
+
+
+def _coarse_lungs(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Side labels (1 left, 2 right) on the coarse grid, and the voxels that the closing added."""
+    smooth = ndimage.gaussian_filter(hu, 0.8 / np.asarray(spacing_mm), truncate=3.0)
+    body = _thick(smooth > BODY_HU, spacing_mm)
+    air = _inside_air(smooth, body)
+    airway = find_airway(hu, air, spacing_mm)
+    candidates = _lung_components(smooth, air & ~airway, body, spacing_mm)
+    sides = np.zeros(hu.shape, dtype=np.uint8)
+    if not candidates.any():
+        return sides, candidates
+    sides = split_sides(candidates, hu, airway, spacing_mm)
+    closed = fill_each(sides, hu, airway, spacing_mm)
+    return closed, (closed > 0) & (sides == 0)
+
+
+def _thick(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Largest piece of ``mask`` after removing sheets thinner than about 6 mm (table, clothes)."""
+    inner = _distance(mask, spacing_mm) > 3.0
+    if not inner.any():
+        return mask
+    pieces, _ = ndimage.label(inner)
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    thick: np.ndarray = _distance(pieces != sizes.argmax(), spacing_mm) <= 3.0
+    return thick
+
+
+def _distance(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Distance of each true voxel from the nearest false one in mm, float32; all true means far away."""
+    if mask.all():
+        return np.full(mask.shape, 1e6, dtype=np.float32)
+    distance: np.ndarray = ndimage.distance_transform_edt(mask, sampling=spacing_mm).astype(np.float32)
+    return distance
+
+
+def _inside_air(smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
+    """Air and aerated lung without the air around the body.
+
+    Pieces that touch a lateral face lie outside where they are as empty as air, or where they reach a corner of
+    the slice (foam of a table). A lung cut by a lateral face touches it with lung density and stays.
+    """
+    air = (smooth < AIR_HU) & ~body
+    pieces, count = ndimage.label(air)
+    if count == 0:
+        return air
+    faces = [np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]]
+    ids = np.concatenate([pieces[face].ravel() for face in faces])
+    hu = np.concatenate([smooth[face].ravel() for face in faces])
+    touching = np.bincount(ids, minlength=count + 1)
+    empty = np.bincount(ids, weights=hu < OUTSIDE_HU, minlength=count + 1)
+    outside = (touching > 0) & (empty >= 0.5 * touching)
+    outside[pieces[:, [0, 0, -1, -1], [0, -1, 0, -1]]] = True
+    outside[0] = True
+    inside: np.ndarray = ~outside[pieces]
+    return inside
+
+
+def _lung_components(
+    smooth: np.ndarray, air: np.ndarray, body: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """The pieces of inside air that are lung: large, textured, within thick tissue."""
+    pieces, count = ndimage.label(air)
+    keep = np.zeros(count + 1, dtype=bool)
+    sizes = np.bincount(pieces.ravel(), minlength=count + 1)
+    boxes = ndimage.find_objects(pieces)
+    pixel = spacing_mm[1] * spacing_mm[2]
+    largest = 0
+    for piece in np.argsort(-sizes[1:]) + 1:
+        if sizes[piece] * pixel < MIN_AREA_MM2 or sizes[piece] < MIN_SHARE * largest:
+            break
+        box = _padded(boxes[piece - 1], pieces.shape)
+        mask = pieces[box] == piece
+        if mask.sum(axis=(1, 2)).max() * pixel < MIN_AREA_MM2:
+            continue
+        inner = ndimage.binary_erosion(mask, np.ones((1, 3, 3), dtype=bool), iterations=2)
+        core = inner if inner.any() else mask
+        if float((smooth[box][core] < GAS_HU).mean()) > GAS_SHARE:
+            continue
+        shell = ndimage.binary_dilation(mask, iterations=2) & ~mask
+        if float(body[box][shell].mean()) < MIN_SUPPORT or not _is_enclosed(
+            mask, body[box[0], :, box[2]], box[1].start
+        ):
+            continue
+        keep[piece] = True
+        largest = max(largest, int(sizes[piece]))
+    kept: np.ndarray = keep[pieces]
+    return kept
+
+
+def _is_enclosed(mask: np.ndarray, body: np.ndarray, start_y: int) -> bool:
+    """Whether body lies in front of and behind a piece on most of its columns along y (not so below a patient).
+
+    ``body`` spans all rows; ``mask`` begins at row ``start_y``.
+    """
+    columns: np.ndarray = np.any(mask, axis=1)
+    first = start_y + mask.argmax(axis=1)[columns]
+    last = start_y + mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)[columns]
+    solid = np.any(body, axis=1)[columns]
+    front = body.argmax(axis=1)[columns]
+    back = body.shape[1] - 1 - body[:, ::-1].argmax(axis=1)[columns]
+    return float((solid & (front < first) & (back > last)).mean()) > ENCLOSED_SHARE
+
+
+def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: int = 3) -> tuple[slice, ...]:
+    """A bounding box grown by a few voxels, within the array."""
+    return tuple(slice(max(s.start - by, 0), min(s.stop + by, n)) for s, n in zip(box, shape, strict=True))
+
+
+def _soft_share(hu: np.ndarray, sides: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    """Lung share of coarse voxels, so that its level 0.5 is the surface between them.
+
+    At a surface that the threshold found, the share follows the HU (partial volume); at one that the closing made
+    it is 0 or 1. Voxels beside the lung take part only if they are next to threshold lung.
+    """
+    share = np.clip(0.5 + (AIR_HU - hu) / (2.0 * SOFT_HU), 0.0, 1.0)
+    lung = sides > 0
+    aerated = lung & ~filled
+    beside = ndimage.binary_dilation(aerated, iterations=1) & ~lung
+    near_fill = ndimage.binary_dilation(filled, iterations=1)
+    inner = ndimage.binary_erosion(lung, iterations=1, border_value=1)
+    soft = np.where(aerated, np.maximum(share, 0.5), np.where(beside, np.minimum(share, 0.49), 0.0))
+    soft = np.where(inner | filled | (aerated & near_fill), 1.0, soft)
+    return soft.astype(np.float32)
+
+
+def _nearest(sides: np.ndarray, side: int) -> np.ndarray:
+    """Voxels of one lung and the one-voxel border that belongs to no other lung."""
+    grown = ndimage.binary_dilation(sides == side, iterations=1)
+    mine: np.ndarray = grown & ((sides == 0) | (sides == side))
+    return mine
+
+
+def _warnings(labels: np.ndarray, volume_ml: float) -> tuple[str, ...]:
+    """Reasons to doubt a lung field, in words for the user."""
+    found = []
+    if volume_ml < SMALL_LITRES * 1000.0:
+        found.append(f"small lung volume: {volume_ml:.0f} ml (below {SMALL_LITRES:g} L)")
+    if volume_ml > LARGE_LITRES * 1000.0:
+        found.append(f"large lung volume: {volume_ml:.0f} ml (above {LARGE_LITRES:g} L)")
+    names = {LUNG_LEFT: "left", LUNG_RIGHT: "right"}
+    present = [name for side, name in names.items() if (labels == side).any()]
+    if len(present) == 1:
+        found.append(f"one lung only: nothing but the {present[0]} lung was found")
+    area = np.count_nonzero(labels, axis=(1, 2))
+    ends = [name for name, z in (("lowest", 0), ("highest", -1)) if area[z] > TRUNCATED_SHARE * area.max()]
+    if ends:
+        found.append(f"truncated: the lung is cut at the {' and the '.join(ends)} slice")
+    sides_cut = max(np.count_nonzero(labels[:, y]) for y in (0, -1)) / max(
+        np.count_nonzero(labels, axis=(0, 2)).max(), 1
+    )
+    cut_x = max(np.count_nonzero(labels[:, :, x]) for x in (0, -1)) / max(
+        np.count_nonzero(labels, axis=(0, 1)).max(), 1
+    )
+    if max(sides_cut, cut_x) > TRUNCATED_SHARE:
+        found.append("truncated: the lung is cut at the side of the field of view")
+    return tuple(found)

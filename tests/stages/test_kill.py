@@ -1,0 +1,122 @@
+"""Kill -9 and signals: the same command again completes, with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pipeline_fixture import QUIET, TOML, TRAIN, run_stages, tree_hashes
+
+from lungseg.store.cases import Store
+
+
+def _run_and_die(manifest: Path, root: Path, death: int) -> None:
+    """Run all stages, but be killed just before the ``death``-th file would become complete."""
+    real, count = os.replace, 0
+
+    def replace(source: str, target: str) -> None:
+        nonlocal count
+        count += 1
+        if count == death:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.replace = replace  # type: ignore[assignment]
+    run_stages(manifest, root)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_in_every_stage_gives_the_same_bytes(
+    finished: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """Each life completes some more files than the one before and dies at the next one, through every stage."""
+    context = multiprocessing.get_context("fork")
+    lives, partials = 0, 0
+    while True:
+        life = context.Process(target=_run_and_die, args=(manifest, tmp_path, 4 + lives // 2))
+        life.start()
+        life.join(timeout=240)
+        lives += 1
+        if life.exitcode == 0:
+            break
+        assert life.exitcode == -signal.SIGKILL
+        assert lives < 60, "no progress"
+        partials += bool(list(tmp_path.rglob("*.partial")))
+        if (tmp_path / "store" / "store.json").exists():
+            Store(tmp_path / "store")  # opens at any moment
+    assert lives > 8
+    assert partials > 5
+    assert tree_hashes(tmp_path) == tree_hashes(finished)
+
+
+@pytest.mark.slow
+def test_training_saves_at_sigterm_and_resumes_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    longer = TOML.replace("total-images = 24", "total-images = 240").replace(
+        "checkpoint-images = 8", "checkpoint-images = 40"
+    )
+    (tmp_path / "settings.toml").write_text(longer)
+    command = [sys.executable, "-m", "lungseg.cli.app", "train-ddpm", str(finished / "store"), "--preset", "tiny"]
+    command += ["--config", str(tmp_path / "settings.toml"), "-o"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    with subprocess.Popen([*command, str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True) as process:
+        _wait_for(lambda: any((tmp_path / "stopped").glob("checkpoint-*.pt")), process)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "run the same command again" in error
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    subprocess.run([*command, str(tmp_path / "stopped")], check=True, capture_output=True)
+    assert tree_hashes(tmp_path / "stopped") == tree_hashes(tmp_path / "whole")
+
+
+def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from lungseg.errors import StoreError
+    from lungseg.stages.train_ddpm import train_ddpm
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    older, newest = sorted((tmp_path / "run").glob("checkpoint-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train_ddpm(finished / "store", tmp_path / "run", TRAIN, execution=QUIET)
+    assert tree_hashes(tmp_path / "run") == tree_hashes(finished / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    for path in (older, newest):
+        path.write_bytes(b"")
+    with pytest.raises(StoreError, match="none of 2 checkpoints"):
+        train_ddpm(finished / "store", tmp_path / "run", TRAIN, execution=QUIET)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(finished: Path, tmp_path: Path) -> None:
+    """The launcher, the gathered contrast and the shared order of images: nearly the weights of one process."""
+    import torch
+
+    from lungseg.config import Execution
+    from lungseg.diffusion.checkpoint import read_model_file
+    from lungseg.stages.train_ddpm import train_ddpm
+
+    config = dataclasses.replace(TRAIN, total_images=12, learning_rate=1e-4)
+    train_ddpm(finished / "store", tmp_path / "one", config, execution=QUIET)
+    two = Execution(quiet=True, gpus=2, device="cpu")
+    result = train_ddpm(finished / "store", tmp_path / "two", config, execution=two)
+    assert result.values["images"] == 12
+    weights = [read_model_file(tmp_path / name / "model.safetensors")[1] for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
