@@ -77,6 +77,8 @@ def write_dicom_series(
         "0010|0020": patient_id,
         "0018|0050": _decimal(geometry.spacing_mm[0]),
         "0018|0060": _decimal(kvp),
+        # GDCM adds this tag of its own accord once a file has been read in the process: say it always
+        "0018|0088": _decimal(geometry.spacing_mm[0]),
         "0018|1210": kernel,
         "0018|5100": "HFS",
         "0020|000d": _uid("study", study),
