@@ -45,11 +45,15 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "learning_rate": 1e-3,
             "warmup_share": 0.05,
             "ema_decay": 0.99,
-            "tokens_per_patch": 16,
+            # four hundred steps are too few to wait a sixth of them, and too few for a weak teacher
+            "distill_start": 0.0,
+            "distill_full": 0.1,
+            "regression_weight": 3.0,
+            "tokens_per_patch": 32,
             "checkpoint_images": 1_200,
             "log_images": 240,
         },
-        ClusterConfig: {"pca": 12, "restarts": 2, "tokens_per_case": 4_000},
+        ClusterConfig: {"pca": 12, "iterations": 200, "tokens_per_case": 4_000},
         SynthesizeConfig: {"steps": 20},
     },
     # one consumer GPU

@@ -172,12 +172,12 @@ def _check_model(store: Store, student: Student, config: ClusterConfig) -> None:
         raise MismatchError(f"--timesteps {beyond}: the model's diffusion has {student.schedule.num_steps} steps")
 
 
-_STUDENTS: dict[tuple[Path, str], Student] = {}
+_STUDENTS: dict[tuple[Path, str, int], Student] = {}
 
 
 def _student(path: Path, device: str) -> Student:
-    """The model, loaded once per process."""
-    key = (path, device)
+    """The model, loaded once per process and version of the file."""
+    key = (path, device, path.stat().st_mtime_ns)
     if key not in _STUDENTS:
         _STUDENTS.clear()
         _STUDENTS[key] = load_student(path, device=device)

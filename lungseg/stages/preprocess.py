@@ -19,7 +19,7 @@ from lungseg.scan.nifti import read_image
 from lungseg.scan.resample import resample_to_spacing
 from lungseg.scan.sources import Source, find_sources, read_manifest, voxel_digest
 from lungseg.scan.volume import Geometry, Volume
-from lungseg.stages.cohort import DONE, SKIPPED, StageResult, run_cases
+from lungseg.stages.cohort import DONE, SKIPPED, CaseReturn, StageResult, run_cases
 from lungseg.store.cases import Store, check_name, hashed_id, write_id_map
 from lungseg.store.locks import lock
 from lungseg.store.patches import patch_table
@@ -81,8 +81,10 @@ def preprocess(
         _preprocess_one, sources, store, config, execution, names=names, title="preprocess", execution=execution
     )
     if id_map:
-        rows = [(s.case_id, s.patient_id, str(s.path.resolve())) for s in sources if s.case_id and not s.problem]
-        write_id_map(Path(id_map), output, rows)
+        done = [o.value for o in outcomes if o.value]
+        write_id_map(Path(id_map), output, [(s.case_id, s.patient_id, str(s.path.resolve())) for s in done])
+    # the id of an image file is known only once it has been read
+    outcomes = tuple(replace(o, case_id=o.value.case_id, value=None) if o.value else o for o in outcomes)
     return StageResult("preprocess", output, outcomes, notes=(f"patch store: {output}",))
 
 
@@ -97,17 +99,15 @@ def _with_ids(source: Source, salt: str, sources: Sequence[Source]) -> Source:
     if source.case_id:
         check_name(source.case_id)
     case_id = source.case_id or (hashed_id(salt, source.series.series_uid) if source.series else "")
-    if source.case_id or source.series is None or source.reference:
-        patient_id = check_name(source.patient_id) if source.patient_id else case_id
-    else:
-        named = {s.patient_id for s in sources if s.series is not None}
-        studies = sum(s.series is not None for s in sources)
-        if not source.patient_id or (len(named) == 1 and studies > 1):
-            log.warning("preprocess: %s: no PatientID that tells patients apart; the case counts as its own", case_id)
-            patient_id = case_id
-        else:
-            patient_id = hashed_id(salt, "patient " + source.patient_id)
-    return replace(source, case_id=case_id, patient_id=patient_id)
+    if source.given_patient_id:
+        return replace(source, case_id=case_id, patient_id=check_name(source.given_patient_id))
+    studies = [s for s in sources if s.series is not None]
+    alike = len(studies) > 1 and len({s.patient_id for s in studies}) == 1
+    if source.series is None or not source.patient_id or alike:
+        if source.series is not None:
+            log.warning("preprocess: %s: no PatientID that tells patients apart; it counts as its own patient", case_id)
+        return replace(source, case_id=case_id, patient_id="")  # an image file's id is not known before it is read
+    return replace(source, case_id=case_id, patient_id=hashed_id(salt, "patient " + source.patient_id))
 
 
 def _refuse_repeated(sources: Sequence[Source]) -> None:
@@ -118,7 +118,8 @@ def _refuse_repeated(sources: Sequence[Source]) -> None:
         raise InputError(f"the same series was given more than once: {paths}")
 
 
-def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, execution: Execution) -> tuple[str, str]:
+def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, execution: Execution) -> CaseReturn:
+    """Write one case; gives back the source with its final ids."""
     volume = None
     case_id, key = source.case_id, source.key()
     if not key or source.problem:
@@ -126,24 +127,25 @@ def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, exec
         digest = voxel_digest(volume)
         key = digest.hex()
         case_id = case_id or hashed_id(store.salt, digest)
+    source = replace(source, case_id=case_id, patient_id=source.patient_id or case_id)
     settings = {name: value for name, value in to_dict(config).items() if name != "salt"}
     wanted = make_provenance("preprocess", settings, inputs={"scan": hashed_id(store.salt, key)})
     path = store.case_file(case_id, "volume")
     with lock(store.lock_file(case_id, "preprocess")):
         if store.is_done(path, "volume", wanted, overwrite=execution.overwrite):
-            return SKIPPED, ""
+            return SKIPPED, "", source
         if volume is None:
             volume = source.read(assume_hu=config.assume_hu)
         if source.reference is not None:
             _write_reference(store, case_id, source.reference)
         facts = {
             "case_id": case_id,
-            "patient_id": source.patient_id or case_id,
+            "patient_id": source.patient_id,
             "split": source.split,
             "inspiration": source.inspiration,
         }
         warnings = _write_volume(path, volume, config, {**wanted, **facts})
-    return DONE, "; ".join(warnings)
+    return DONE, "; ".join(warnings), source
 
 
 def _write_volume(path: Path, volume: Volume, config: PreprocessConfig, provenance: dict[str, Any]) -> list[str]:

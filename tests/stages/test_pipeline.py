@@ -203,6 +203,23 @@ def test_ids_are_hashed_and_linked_only_by_the_id_map(manifest: Path, tmp_path: 
     assert str(manifest.parent).encode() not in stored
 
 
+def test_patients_are_told_apart_by_the_manifest_or_a_hash(manifest: Path, tmp_path: Path) -> None:
+    folders = [manifest.parent / case_id for case_id in CASES]
+    preprocess(folders, tmp_path / "hashed", PREPROCESS, execution=QUIET)
+    patients = {_patient(tmp_path / "hashed", case_id) for case_id in Store(tmp_path / "hashed").case_ids()}
+    assert len(patients) == 2
+    assert not patients & {*CASES, *Store(tmp_path / "hashed").case_ids()}
+    table = tmp_path / "cases.csv"
+    table.write_text(f"path,case_id,patient_id\n{folders[0]},a,same\n{folders[1]},b,same\n")
+    preprocess(None, tmp_path / "listed", PREPROCESS, manifest=table, execution=QUIET)
+    assert [_patient(tmp_path / "listed", case_id) for case_id in ("a", "b")] == ["same", "same"]
+
+
+def _patient(store: Path, case_id: str) -> str:
+    with Store(store).open(case_id, "volume") as volume:
+        return str(volume.provenance["patient_id"])
+
+
 def test_nifti_in_gives_a_map_on_the_files_own_grid(finished: Path, manifest: Path, tmp_path: Path) -> None:
     """A scan stored with other axes and flips gets its label map back in exactly that layout."""
     import SimpleITK as sitk
@@ -212,7 +229,10 @@ def test_nifti_in_gives_a_map_on_the_files_own_grid(finished: Path, manifest: Pa
 
     path = tmp_path / "scan.nii.gz"
     write_image(path, scan.array, scan.geometry, stored_axes=(2, 0, 1), stored_flips=(True, False, True))
-    preprocess([path], tmp_path / "store", PREPROCESS, execution=QUIET).require_complete()
+    ids = tmp_path / "ids.csv"
+    made = preprocess([path], tmp_path / "store", PREPROCESS, id_map=ids, execution=QUIET).require_complete()
+    assert [outcome.case_id for outcome in made.outcomes] == Store(tmp_path / "store").case_ids()
+    assert [row["source"] for row in csv.DictReader(ids.open())] == [str(path)]
     bundle = finished / "bundle.safetensors"
     cluster(tmp_path / "store", bundle, CLUSTER, fit=bundle, execution=QUIET)
     refine(tmp_path / "store", REFINE, export=tmp_path / "out", execution=QUIET)
