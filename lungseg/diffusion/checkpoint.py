@@ -101,8 +101,10 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
     Raises
     ------
+    InputError
+        If there is no such file.
     StoreError
-        If the file is missing, truncated or not safetensors.
+        If it is truncated, or not safetensors.
     MismatchError
         If it is not a lungseg model, or of another format version.
     """
@@ -114,10 +116,9 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
             if header is None:
                 raise MismatchError(f"{path} is a safetensors file but not a lungseg model")
             metadata: dict[str, Any] = json.loads(header)
-            if metadata.get("format") != MODEL_FORMAT:
-                raise MismatchError(
-                    f"{path} has model format {metadata.get('format')}, this lungseg reads {MODEL_FORMAT}"
-                )
+            version = metadata.get("format") if isinstance(metadata, dict) else None
+            if version != MODEL_FORMAT:
+                raise MismatchError(f"{path} has model format {version}, this lungseg reads {MODEL_FORMAT}")
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged or not a model file: {error}") from error
@@ -128,23 +129,27 @@ def load_student(path: Path, *, device: str = "cpu") -> Student:
 
     Raises
     ------
-    StoreError, MismatchError
-        As :func:`read_model_file`; also if tensors are missing, unexpected or of another shape (all are listed).
+    InputError, StoreError, MismatchError
+        As :func:`read_model_file`; MismatchError also if parts of the metadata are missing, or tensors are missing,
+        unexpected or of another shape (the first ten are listed).
     """
     metadata, tensors = read_model_file(path)
     try:
         config = from_dict(TrainConfig, metadata["config"])
+        card, window = dict(metadata["card"]), HuWindow.from_dict(metadata["hu_window"])
+        num_features = int(card["num_features"])
     except LungsegError as error:
         raise MismatchError(f"{path} was trained with settings this lungseg does not know: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MismatchError(f"{path} does not say all that is needed to use it: {error!r}") from error
     spec = unet_spec(config)
     unet = UNet(spec)
-    head = StudentHead(spec.token_channels, config.embedding, int(metadata["card"]["num_features"]), config.head_norm)
+    head = StudentHead(spec.token_channels, config.embedding, num_features, config.head_norm)
     for prefix, module in (("unet.", unet), ("head.", head)):
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         _load_exactly(module, own, path)
         module.to(device).eval().requires_grad_(False)
-    window = HuWindow.from_dict(metadata["hu_window"])
-    return Student(unet, head, window, make_schedule(config.schedule, config.timesteps), config, metadata["card"])
+    return Student(unet, head, window, make_schedule(config.schedule, config.timesteps), config, card)
 
 
 def _load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -157,7 +162,8 @@ def _load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], 
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
     if problems:
-        raise MismatchError(f"{path} does not fit its own configuration: {'; '.join(problems[:10])}")
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise MismatchError(f"{path} does not fit its own configuration: {'; '.join(problems[:10])}{more}")
     module.load_state_dict(dict(tensors))
 
 
@@ -173,10 +179,12 @@ def load_training_state(path: Path) -> dict[str, Any]:
     Raises
     ------
     StoreError
-        If it is truncated or damaged.
+        If it is missing, truncated, damaged or no training state.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for each kind of damage
         raise StoreError(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise StoreError(f"{path} is damaged: it holds a {type(state).__name__}, not a training state")
     return state

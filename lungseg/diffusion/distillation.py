@@ -120,7 +120,7 @@ def contrastive_loss(
         negatives = ~positives if contrast == "threshold" else (similarity < negative) & ~positives
     positives, negatives = positives & valid, negatives & valid
     anchors = valid[own]
-    logits = z_student.float() @ z_teacher.float().T / temperature
+    logits = _dot_products(z_student, z_teacher) / temperature
     denominator = torch.logsumexp(logits.masked_fill(~(positives | negatives), float("-inf")), dim=1)
     count = positives.sum(1)
     mean_positive = logits.masked_fill(~positives, 0.0).sum(1) / count.clamp(min=1)
@@ -148,7 +148,13 @@ def descriptor_similarity(r_rows: torch.Tensor, r_columns: torch.Tensor) -> torc
     """Cosine (M, A) of standardised descriptors; NaN rows count as zero vectors."""
     a = F.normalize(torch.nan_to_num(r_rows.float()), dim=-1)
     b = F.normalize(torch.nan_to_num(r_columns.float()), dim=-1)
-    return a @ b.T
+    return _dot_products(a, b)
+
+
+def _dot_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b.T`` in float32 even under autocast: bfloat16 moves pairs over the thresholds."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
 
 
 class _GatherRows(torch.autograd.Function):

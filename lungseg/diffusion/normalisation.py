@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,10 @@ class HuWindow:
     @staticmethod
     def _map(x: torch.Tensor, source: tuple[float, ...], target: tuple[float, ...]) -> torch.Tensor:
         x = x.clamp(source[0], source[-1])
-        result = torch.empty_like(x)
+        result = x  # NaN lies in no piece: it stays NaN
         for low, high, y_low, y_high in zip(source, source[1:], target, target[1:], strict=False):
-            inside = (x >= low) & (x <= high)
-            result = torch.where(inside, y_low + (x - low) * ((y_high - y_low) / (high - low)), result)
-        return result
+            result = torch.where(x >= low, y_low + (x - low) * ((y_high - y_low) / (high - low)), result)
+        return torch.where(x >= source[-1], target[-1], result)  # the last knot too without rounding
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -51,12 +51,17 @@ class HuWindow:
         Raises
         ------
         MismatchError
-            If the knots do not rise.
+            If knots are missing, do not pair up, or do not rise.
         """
-        window = cls(str(data["name"]), tuple(map(float, data["knots_hu"])), tuple(map(float, data["knots_norm"])))
-        for knots in (window.knots_hu, window.knots_norm):
-            if len(knots) < 2 or any(a >= b for a, b in itertools.pairwise(knots)):
-                raise MismatchError(f"the model's HU window '{window.name}' is not rising: {data}")
+        try:
+            knots_hu, knots_norm = (tuple(map(float, data[key])) for key in ("knots_hu", "knots_norm"))
+            window = cls(str(data["name"]), knots_hu, knots_norm)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MismatchError(f"the model's HU window is incomplete or damaged: {error!r}") from error
+        rising = all(a < b for knots in (knots_hu, knots_norm) for a, b in itertools.pairwise(knots))
+        finite = all(map(math.isfinite, (*knots_hu, *knots_norm)))
+        if len(knots_hu) < 2 or len(knots_hu) != len(knots_norm) or not rising or not finite:
+            raise MismatchError(f"the model's HU window '{window.name}' is not rising: {dict(data)}")
         return window
 
 

@@ -53,18 +53,14 @@ def sample_dpm_solver(
     Parameters
     ----------
     steps : int
-        Network evaluations, 2 ... T. Times are spread evenly over 1 ... T without repetition; the last step goes to
-        t = 0, where it is x_0 itself.
+        Network evaluations, 2 ... T, at the times of :func:`solver_times`.
 
     Raises
     ------
     UsageError
         If ``steps`` exceeds T.
     """
-    T = schedule.num_steps
-    if not 2 <= steps <= T:
-        raise UsageError(f"--steps {steps}: this model's diffusion has {T} steps; give 2 to {T}")
-    times = [*torch.linspace(T, 1, steps, dtype=torch.float64).round().long().tolist(), 0]
+    times = solver_times(schedule.num_steps, steps)
     alpha = schedule.alpha_bar.sqrt()
     sigma = (1 - schedule.alpha_bar).sqrt()
     half_log_snr = torch.log(alpha / sigma)  # lambda; +inf at t = 0
@@ -82,6 +78,27 @@ def sample_dpm_solver(
         x = float(sigma[t] / sigma[s]) * x - float(alpha[t] * torch.expm1(torch.tensor(-h))) * estimate
         previous, h_previous = x_0, h
     return x
+
+
+def solver_times(num_steps: int, steps: int) -> list[int]:
+    """``steps`` different times from T down to 1, then 0, where a sample is the predicted x_0 itself.
+
+    Spread quadratically (as Song, Meng & Ermon 2021 do for some data): even steps in t end in a jump of log-SNR so
+    much larger than the one before that the solver's extrapolation widens the samples, by 9 % of their SD at 20 of
+    250 steps for data of SD 0.1.
+
+    Raises
+    ------
+    UsageError
+        If ``steps`` is not in 2 ... T.
+    """
+    if not 2 <= steps <= num_steps:
+        raise UsageError(f"--steps {steps}: this model's diffusion has {num_steps} steps; give 2 to {num_steps}")
+    times = [0]
+    for i in range(steps):
+        # the parabola is flatter than one step per evaluation near t = 1: never the same time twice
+        times.append(max(round(1 + (num_steps - 1) * (i / (steps - 1)) ** 2), times[-1] + 1))
+    return times[::-1]
 
 
 def _clamped(x: torch.Tensor, bound: float | None) -> torch.Tensor:

@@ -30,7 +30,7 @@ from lungseg.diffusion.distillation import (
 from lungseg.diffusion.normalisation import HU_WINDOWS
 from lungseg.diffusion.schedule import make_schedule
 from lungseg.diffusion.unet import UNet
-from lungseg.errors import MismatchError
+from lungseg.errors import MismatchError, UsageError
 from lungseg.radiomics.descriptor import FEATURE_NAMES, Standardisation, compute_descriptors
 from lungseg.store.patches import PatchSource, mask_fractions
 
@@ -38,8 +38,11 @@ MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss or gradient after which the run stops (RELIABILITY 51)."""
 MIN_TOKEN_LUNG = 0.5
 """Share of lung in the teacher's window below which a token is not taught (METHOD 1.5 step 3)."""
-_NOISE_STREAM = 2**63
-"""Separates the noise of image i from its place and flips, which use the same seed."""
+_NOISE_STREAM = 2**62
+"""Separates the noise of image i from its place and flips, which use the same seed.
+
+Less than 2**63: numpy turns a key of signed and unsigned integers into float64, the same for 2048 images in a row.
+"""
 
 
 def teacher_halo(config: TrainConfig) -> int:
@@ -184,6 +187,8 @@ class DistilledDiffusion(nn.Module):
         z_teacher = gather_rows(self.teacher(r))
         r_all = gather_rows(r)
         valid_all = gather_rows(valid.float()) > 0.5
+        # ranks have different numbers of valid rows but their gradients the same weight: scale to the mean number
+        mean_valid = valid_all.sum().clamp(min=1) / _world_size()
         offset = _rank() * len(r)
         contrast = contrastive_loss(
             student,
@@ -198,9 +203,9 @@ class DistilledDiffusion(nn.Module):
         )
         # families are scaled by 1/sqrt(n): weigh them equally here too, by summing over features
         error = F.smooth_l1_loss(predicted.float(), r, reduction="none").sum(1)
-        regression = (error * valid).sum() / valid.sum().clamp(min=1)
+        regression = (error * valid).sum() / mean_valid
         return {
-            "contrast": contrast.loss,
+            "contrast": contrast.loss * (valid.sum() / mean_valid),
             "regression": regression,
             "mean_positives": contrast.mean_positives,
             "student_cosine": contrast.student_cosine,
@@ -235,6 +240,8 @@ class Trainer:
         self.parallel: nn.Module = self.model
         if _world_size() > 1:
             if config.head_norm == "batch":
+                if self.device.type == "cpu":
+                    raise UsageError("--head-norm batch needs GPUs or a single process: use --head-norm layer")
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             devices = [self.device] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
@@ -250,6 +257,9 @@ class Trainer:
         self._skipped_in_a_row = 0
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.precision = ("bf16" if bf16 else "fp32") if config.precision == "auto" else config.precision
+        if self.precision == "bf16" and self.device.type == "cpu":
+            # torch 2.13: weight gradients of conv3d on maps as small as 2x4x4 come from uninitialised memory
+            raise UsageError("--precision bf16 gives wrong gradients on a CPU: use --precision fp32")
 
     @property
     def distill_weight(self) -> float:
@@ -275,6 +285,7 @@ class Trainer:
         rate = _rate(self.images / config.total_images, config.warmup_share)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * group["scale"] * rate
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
@@ -286,6 +297,9 @@ class Trainer:
         if finite:
             self.optimiser.step()
             self._update_ema()
+        else:  # batch statistics change in the forward pass already
+            for buffer, old in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(old)
         self._count(finite)
         self.images += num_images
         self.steps += 1

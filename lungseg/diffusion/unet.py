@@ -52,7 +52,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(x.float().square().mean(dim=1, keepdim=True) + 1e-6).to(x.dtype)
-        return x * scale * self.weight.view(-1, *[1] * (x.ndim - 2))
+        return x * scale * self.weight.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:

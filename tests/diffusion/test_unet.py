@@ -1,0 +1,221 @@
+"""The network: published size and cost, what the encoder sees, and its parts against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusion_fixture import randomise
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lungseg.config.presets import make_config
+from lungseg.config.train_ddpm import TrainConfig
+from lungseg.diffusion.checkpoint import unet_spec
+from lungseg.diffusion.unet import Attention, ChannelNorm, ResidualBlock, UNet, UNetSpec, fold, unfold
+
+PAPER = UNetSpec(base_width=64, multipliers=(1, 2, 3, 4), norm="group")
+SMALL = UNetSpec(base_width=8, multipliers=(1, 2))
+
+
+def _on_meta(spec):
+    with torch.device("meta"):
+        return UNet(spec)
+
+
+def _count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _inputs(shape=(8, 16, 16), batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 2, *shape, generator=generator)
+    return x, torch.tensor([3, 40])[:batch]
+
+
+def _random_unet(spec, seed=0):
+    unet = UNet(spec)
+    randomise(unet, seed)
+    return unet.eval().requires_grad_(False)
+
+
+def test_paper_network_has_its_published_size():
+    unet = _on_meta(PAPER)
+    assert _count(unet) == 38_605_569
+    # METHOD 1.2: encoder + time 7.5, middle 7.5, decoder 23.6
+    assert _count(unet.time, unet.conv_in, unet.encoder) / 1e6 == pytest.approx(7.5, abs=0.05)
+    assert _count(unet.middle) / 1e6 == pytest.approx(7.5, abs=0.05)
+    assert _count(unet.decoder) / 1e6 == pytest.approx(23.6, abs=0.05)
+
+
+def test_paper_preset_is_that_network():
+    spec = unet_spec(make_config(TrainConfig, preset="paper-code"))
+    assert spec == PAPER
+
+
+def test_small_network_has_its_stated_size():
+    unet = _on_meta(UNetSpec(base_width=32))
+    assert _count(unet) / 1e6 == pytest.approx(9.66, abs=0.005)
+    assert _count(unet.time, unet.conv_in, unet.encoder, unet.middle) / 1e6 == pytest.approx(3.75, abs=0.005)
+
+
+@pytest.mark.parametrize("norm", ["group", "channel"])
+def test_bottleneck_of_the_published_patch(norm):
+    unet = _on_meta(UNetSpec(norm=norm))
+    assert (unet.spec.token_size, unet.spec.token_channels) == (8, 256)
+    with torch.device("meta"):
+        x, t = torch.empty(1, 2, 32, 96, 96), torch.empty(1)
+    with FlopCounterMode(display=False) as full:
+        output, bottleneck = unet(x, t)
+    with FlopCounterMode(display=False) as early:
+        encoded = unet.encode(x, t)
+    assert output.shape == (1, 1, 32, 96, 96)
+    assert bottleneck.shape == encoded.shape == (1, 256, 4, 12, 12)
+    # METHOD 1.2: 656 GMAC, of which 107 + 4 up to the bottleneck
+    assert full.get_total_flops() / 2e9 == pytest.approx(656, abs=1)
+    assert early.get_total_flops() / full.get_total_flops() == pytest.approx(0.17, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        (UNetSpec(base_width=8, multipliers=(1, 2), stem=2), 4),
+        (UNetSpec(base_width=8, multipliers=(1, 2, 2), encoder_blocks=2), 4),
+        (UNetSpec(base_width=8, multipliers=(1,), stem=4), 4),
+        (UNetSpec(base_width=32, multipliers=(1, 2), norm="group"), 2),
+    ],
+)
+def test_encode_equals_the_bottleneck_of_a_full_pass(spec, size):
+    unet = _random_unet(spec)
+    x, t = _inputs()
+    output, bottleneck = unet(x, t)
+    assert spec.token_size == size
+    assert output.shape == (2, 1, 8, 16, 16)
+    assert bottleneck.shape == (2, spec.token_channels, 8 // size, 16 // size, 16 // size)
+    assert torch.equal(unet.encode(x, t), bottleneck)
+    assert output.isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient():
+    unet = UNet(UNetSpec(base_width=8, multipliers=(1, 2), stem=2, encoder_blocks=2))
+    randomise(unet)
+    output, _ = unet(*_inputs())
+    output.square().sum().backward()
+    assert [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_output_depends_on_mask_and_time():
+    unet = _random_unet(SMALL)
+    x, t = _inputs()
+    other = x.clone()
+    other[:, 1] = 0
+    base = unet(x, t)[0]
+    assert not torch.allclose(base, unet(other, t)[0], atol=1e-3)
+    assert not torch.allclose(base, unet(x, t + 7)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("stem", [1, 2])
+def test_untrained_network_predicts_zero(stem):
+    unet = UNet(UNetSpec(base_width=8, multipliers=(1, 2), stem=stem))
+    output, bottleneck = unet(*_inputs())
+    assert torch.equal(output, torch.zeros_like(output))
+    assert bottleneck.std() > 0
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_unfold_inverts_fold(factor):
+    x = torch.randn(2, 3, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    folded = fold(x, factor)
+    assert folded.shape == (2, 3 * factor**3, 4 // factor, 8 // factor, 12 // factor)
+    assert torch.equal(unfold(folded, factor), x)
+
+
+def test_fold_keeps_neighbours_together():
+    x = torch.arange(2 * 4 * 4 * 4.0).view(1, 2, 4, 4, 4)
+    folded = fold(x, 2)
+    block = x[0, :, 2:4, 0:2, 2:4].reshape(-1)
+    assert torch.equal(folded[0, :, 1, 0, 1], block)
+
+
+@pytest.mark.parametrize("stem", [1, 2])
+def test_channel_norm_features_do_not_depend_on_patch_size(stem):
+    unet = _random_unet(UNetSpec(base_width=8, multipliers=(1, 2), stem=stem))
+    unet.middle[1] = nn.Identity()  # attention sees the whole patch by design
+    p = unet.spec.token_size
+    x, t = _inputs((21 * p, 20 * p, 20 * p), batch=1)
+    whole = unet.encode(x, t)
+    crop = unet.encode(x[:, :, p : 20 * p, p : 19 * p, p : 19 * p], t)
+    # a border is felt 8 tokens deep: 4 in the middle blocks, 2 in the last level, 2 in the levels above
+    torch.testing.assert_close(crop[:, :, 8:11, 8:10, 8:10], whole[:, :, 9:12, 9:11, 9:11], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(crop[:, :, 0, 9, 9], whole[:, :, 1, 10, 10], atol=1e-3)
+
+
+def test_group_norm_features_do():
+    unet = _random_unet(UNetSpec(base_width=32, multipliers=(1,), norm="group"))
+    unet.middle[1] = nn.Identity()
+    x, t = _inputs((24, 24, 24), batch=1)
+    whole, crop = unet.encode(x, t), unet.encode(x[:, :, 4:20, 4:20, 4:20], t)
+    assert (crop[:, :, 8, 8, 8] - whole[:, :, 12, 12, 12]).abs().max() > 1e-3
+
+
+def test_channel_norm_by_hand():
+    norm = ChannelNorm(2)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0]))
+    x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1, 1)
+    rms = math.sqrt(12.5)
+    expected = torch.tensor([3 / rms, 8 / rms]).view(1, 2, 1, 1, 1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=0)
+    assert norm(torch.zeros_like(x)).abs().max() == 0
+    half = norm(1e4 * x.bfloat16())  # squares are summed in float32
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=1e-2, atol=0)
+
+
+def test_attention_equals_softmax_of_scaled_products():
+    layer = Attention(6, "channel").requires_grad_(False)
+    randomise(layer)
+    x = torch.randn(2, 6, 2, 3, 4, generator=torch.Generator().manual_seed(1))
+    for n in range(2):
+        columns = [layer.norm(x)[n, :, z, y, w] for z in range(2) for y in range(3) for w in range(4)]
+        qkv = [layer.qkv.weight[:, :, 0] @ column + layer.qkv.bias for column in columns]
+        for i, (z, y, w) in enumerate((z, y, w) for z in range(2) for y in range(3) for w in range(4)):
+            scores = torch.stack([qkv[i][:6] @ other[6:12] / math.sqrt(6) for other in qkv])
+            mixed = sum(share * other[12:] for share, other in zip(scores.exp() / scores.exp().sum(), qkv, strict=True))
+            expected = x[n, :, z, y, w] + layer.project.weight[:, :, 0] @ mixed + layer.project.bias
+            torch.testing.assert_close(layer(x)[n, :, z, y, w], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_block_equals_its_formula():
+    block = ResidualBlock(4, 6, 5, "channel").requires_grad_(False)
+    randomise(block)
+    generator = torch.Generator().manual_seed(1)
+    x, time = torch.randn(2, 4, 3, 3, 3, generator=generator), torch.randn(2, 5, generator=generator)
+
+    def silu(y):
+        return y / (1 + (-y).exp())
+
+    h = block.conv_in(silu(block.norm_in(x))) + (silu(time) @ block.time.weight.T + block.time.bias).view(2, 6, 1, 1, 1)
+    expected = block.skip(x) + block.conv_out(silu(block.norm_out(h)))
+    torch.testing.assert_close(block(x, time), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_time_embedding_equals_its_formula():
+    unet = _random_unet(SMALL)
+    unet.time = nn.Identity()
+    t = torch.tensor([0, 1, 25, 250])
+    for row, embedding in zip(t.tolist(), unet.embed_time(t), strict=True):
+        # half cosines, half sines, periods 2 pi ... 2 pi 1000 (exclusive): METHOD 1.2
+        angles = [row * 1000 ** (-k / 4) for k in range(4)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        assert embedding.tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_time_embedding_ends_in_two_linear_layers():
+    unet = _random_unet(SMALL)
+    first, _, second = unet.time
+    sinusoid = torch.tensor([[1.0] * 4 + [0.0] * 4])  # t = 0
+    hidden = sinusoid @ first.weight.T + first.bias
+    expected = hidden * hidden.sigmoid() @ second.weight.T + second.bias
+    torch.testing.assert_close(unet.embed_time(torch.tensor([0])), expected)
