@@ -25,6 +25,8 @@ _PAPER_TRAIN: dict[str, Any] = {
     "norm": "group",
     "hu_window": "paper",
     "distill": "patches",
+    "distill_levels": 1.0,
+    "low_noise_share": 0.0,
     "regression_weight": 0.0,
     "clip_norm": 0.3,
     "ema_decay": 0.995,

@@ -60,6 +60,12 @@ class TrainConfig:
     distill_weight: float = option(0.5, "Weight of the contrast when fully on (authors' code).", minimum=0)
     distill_start: float = option(1 / 6, "Share of the run at which distillation starts.", minimum=0, maximum=1)
     distill_full: float = option(7 / 30, "Share of the run at which it is fully on.", minimum=0, maximum=1)
+    distill_levels: float = option(
+        0.2, "Share of the noise levels, from the clean end, at which the teacher is heard.", above=0.0, maximum=1.0
+    )
+    low_noise_share: float = option(
+        0.5, "Share of the images shown at these levels; the others at any level.", minimum=0.0, maximum=1.0
+    )
     regression_weight: float = option(1.0, "Weight of the radiomics regression head, same warm-up.", minimum=0)
     tokens_per_patch: int = option(8, "Tokens taught per patch and step.", minimum=1, maximum=4096)
     teacher_window: int = option(
@@ -85,6 +91,8 @@ class TrainConfig:
         problems = []
         if any(size % self.token_size for size in self.patch_size):
             problems.append(f"--patch-size {self.patch_size} is not a multiple of the token size {self.token_size}")
+        if self.base_width % 2:
+            problems.append(f"--base-width {self.base_width} is odd; the time embedding needs pairs")
         if self.distill_full < self.distill_start:
             problems.append("--distill-full lies before --distill-start")
         if self.negative_similarity > self.positive_similarity:

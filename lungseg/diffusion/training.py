@@ -50,6 +50,11 @@ def teacher_halo(config: TrainConfig) -> int:
     return (config.teacher_window - config.token_size) // 2 if config.distill == "tokens" else 0
 
 
+def taught_levels(config: TrainConfig) -> int:
+    """Highest noise level at which the teacher is contrasted: above it the texture it speaks of is drowned in noise."""
+    return max(1, round(config.distill_levels * config.timesteps))
+
+
 class TrainingImages(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Image number i of the run: patch, noise, noise level and the tokens to teach."""
 
@@ -62,7 +67,9 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         config = self._config
         patch = self._source.read(index)
         rng = np.random.Generator(np.random.Philox(key=[config.seed, _NOISE_STREAM + index]))
-        t = int(rng.integers(1, config.timesteps + 1))
+        # t = 0 is taught but has no noise to predict; tokens are read at t = 0 and little noise
+        low = rng.random() < config.low_noise_share
+        t = int(rng.integers(0, taught_levels(config) + 1) if low else rng.integers(1, config.timesteps + 1))
         eps = rng.standard_normal(config.patch_size, dtype=np.float32)
         token, valid = self._choose_tokens(patch.mask, rng)
         return {
@@ -72,7 +79,7 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "t": torch.tensor(t),
             "eps": torch.from_numpy(eps),
             "token": torch.from_numpy(token),
-            "token_valid": torch.from_numpy(valid),
+            "token_valid": torch.from_numpy(valid & (t <= taught_levels(config))),
         }
 
     def _choose_tokens(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +127,9 @@ class DistilledDiffusion(nn.Module):
         output, bottleneck = self.unet(torch.stack([x_t, mask], dim=1), batch["t"])
         target = self.schedule.target(x_0, batch["eps"], batch["t"], config.prediction)
         distance = F.l1_loss if config.loss == "l1" else F.mse_loss
-        result = {"diffusion": distance(output[:, 0].float(), target)}
+        per_image = distance(output[:, 0].float(), target, reduction="none").flatten(1).mean(1)
+        noisy = batch["t"] > 0
+        result = {"diffusion": (per_image * noisy).sum() / noisy.sum().clamp(min=1)}
         if weight > 0 and config.distill != "none":
             result.update(self._distill(batch, bottleneck))
             extra = config.distill_weight and weight / config.distill_weight
@@ -146,7 +155,7 @@ class DistilledDiffusion(nn.Module):
             student, predicted = self.head(tokens)
         else:
             windows, masks = batch["volume_hu"], batch["mask"]
-            valid, median = torch.ones(len(windows), dtype=torch.bool, device=windows.device), batch["lung_median_hu"]
+            valid, median = batch["t"] <= taught_levels(config), batch["lung_median_hu"]
             dense = bottleneck.movedim(1, -1)  # (B, d, h, w, C)
             z_dense, r_dense = self.head(dense.flatten(0, -2))
             student = F.normalize(z_dense.view(len(dense), -1, z_dense.shape[-1]).mean(1), dim=-1)

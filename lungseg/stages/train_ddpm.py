@@ -113,7 +113,9 @@ class _Run:
                 trainer = self._loop()
             if self.rank == 0:
                 card = self._card(header, trainer)
-                save_model(model_path, trainer.student_weights(), config=self.config, card=card)
+                # how the run was fed is no property of the model
+                config = dataclasses.replace(self.config, workers=0, cache_gib=TrainConfig().cache_gib)
+                save_model(model_path, trainer.student_weights(), config=config, card=card)
             notes = (f"model: {model_path} ({trainer.images} images, {trainer.skipped} steps skipped)",)
             return StageResult("train-ddpm", self.output, notes=notes, values={"images": trainer.images})
 

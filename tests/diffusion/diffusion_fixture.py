@@ -53,6 +53,8 @@ def tiny_config(**values) -> TrainConfig:
         "distill_weight": 0.5,
         "distill_start": 0.0,
         "distill_full": 0.0,
+        "distill_levels": 1.0,
+        "low_noise_share": 0.0,
         "tokens_per_patch": 4,
         "teacher_window": 8,
         "mcc": False,

@@ -129,6 +129,25 @@ def test_noise_levels_run_from_one_to_the_last(volumes):
     assert abs(eps.var() - 1) < 4 * math.sqrt(2 / eps.numel())
 
 
+def test_teacher_is_heard_at_low_noise_only_and_clean_images_have_no_noise_to_predict(volumes, statistics):
+    config = tiny_config(timesteps=50, distill_levels=0.2, low_noise_share=0.5)
+    images = _images(volumes, config)
+    low = 10  # 0.2 of 50
+    t = np.array([int(images[i]["t"]) for i in range(400)])
+    assert set(range(low + 1)) <= set(t.tolist())
+    expected = 0.5 + 0.5 * low / 50  # half of all images, and a fifth of the others
+    assert abs((t <= low).mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / 400)
+    assert all(images[i]["token_valid"].any() <= (t[i] <= low) for i in range(60))
+    assert any(images[i]["token_valid"].any() for i in range(60))
+
+    model = DistilledDiffusion(config, statistics)
+    clean = [i for i in range(400) if t[i] == 0][:2]
+    noisy = [i for i in range(400) if t[i] > 0][:2]
+    alone, mixed = model(_batch(images, noisy), 0.0), model(_batch(images, [*noisy, *clean]), 0.0)
+    assert mixed["diffusion"].item() == pytest.approx(alone["diffusion"].item(), rel=1e-5)
+    assert model(_batch(images, clean), 0.0)["diffusion"].item() == 0.0
+
+
 @pytest.mark.parametrize("window", [4, 8, 12])
 def test_chosen_tokens_are_different_and_mostly_lung(volumes, window):
     config = tiny_config(teacher_window=window, tokens_per_patch=20)

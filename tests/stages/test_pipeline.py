@@ -303,7 +303,7 @@ def test_training_needs_the_store_it_was_made_for(copy: Path, tmp_path: Path) ->
 def test_model_of_another_spacing_is_refused(finished: Path, manifest: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(PREPROCESS, spacing_mm=2.5)
     preprocess(None, tmp_path / "store", config, manifest=manifest, execution=QUIET)
-    with pytest.raises(MismatchError, match="2.0 mm"):
+    with pytest.raises(MismatchError, match=r"2\.0 mm"):
         cluster(tmp_path / "store", finished / "run", CLUSTER, execution=QUIET)
 
 

@@ -94,9 +94,8 @@ def test_demo_trains_on_one_set_and_scores_the_other(
     assert (tmp_path / "out" / "test" / "results" / "phantom-31.png").is_file()
     # labels of the training set reach no artefact of training or of the fit
     shutil.rmtree(samples / "train" / "reference")
-    (samples / "train" / "manifest.csv").write_text(
-        "path,case_id,patient_id\nphantom-11,phantom-11,phantom-11\nphantom-12,phantom-12,phantom-12\n"
-    )
+    rows = ["path,case_id,patient_id,inspiration", *(f"{c},{c},{c},inspiration" for c in ("phantom-11", "phantom-12"))]
+    (samples / "train" / "manifest.csv").write_text("\n".join(rows) + "\n")
     demo(samples, tmp_path / "blind", execution=QUIET)
     first, blind = tree_hashes(tmp_path / "out"), tree_hashes(tmp_path / "blind")
     assert first["bundle.safetensors"] == blind["bundle.safetensors"]
