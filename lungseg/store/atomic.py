@@ -26,9 +26,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # h5py reports ENOSPC without errno, in the text of its message
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise ResourceError(f"disk full while writing {path}: free some space and run the command again") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = os.strerror(error.errno)
+            raise ResourceError(
+                f"disk full while writing {path} ({reason}): free some space and run the command again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(f"cannot write {path}: {os.strerror(error.errno)}") from error
         raise
@@ -57,16 +59,32 @@ def atomic_path(final: Path) -> Iterator[Path]:
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)  # left by a killed run; the caller holds the lock
+        _put_back(final)
         try:
             yield partial
-            _flush(partial)
+            _flush_tree(partial)
             if partial.is_dir() and final.exists():
-                shutil.rmtree(final)
+                os.rename(final, _aside(final))  # a folder cannot be replaced in one step
             os.replace(partial, final)
             _flush(final.parent)
+            _remove(_aside(final))
         except BaseException:
             _remove(partial)
+            _put_back(final)
             raise
+
+
+def _aside(final: Path) -> Path:
+    """Where the old folder waits while the new one takes its name."""
+    return final.with_name(final.name + ".old" + PARTIAL)
+
+
+def _put_back(final: Path) -> None:
+    """The old folder of a replacement that stopped between its two steps returns under its name."""
+    aside = _aside(final)
+    if not final.exists() and aside.exists():
+        os.rename(aside, final)
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:
@@ -76,10 +94,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def _flush_tree(path: Path) -> None:
     if path.is_dir():
         for child in path.iterdir():
-            _flush(child)
+            _flush_tree(child)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the list of names of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +122,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as partial:
         partial.touch(mode=mode)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "surrogateescape"))  # file names need not be valid UTF-8
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -119,11 +142,11 @@ def read_json(path: Path) -> Any:
     Raises
     ------
     StoreError
-        If it is missing or not valid JSON.
+        If it is missing, unreadable or not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged or cannot be read: {error}") from error

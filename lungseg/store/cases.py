@@ -19,20 +19,24 @@ from lungseg.store.reader import Artefact
 from lungseg.store.schema import FORMAT, FORMAT_VERSION, check_current
 
 MAX_NAME = 64
+SHORT_WAIT_S = 30.0
+"""Seconds to wait for another process at the same store.json or id map, which takes milliseconds."""
+ID_MAP_COLUMNS = ("case_id", "patient_id", "source")
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
 
 
 def check_name(name: str) -> str:
-    """``name`` if it may become a file name: letters, digits, . _ -, at most 64, no leading dot, none reserved.
+    """``name`` if it may become a file name: letters, digits, . _ -, at most 64, no dot at either end, none reserved.
 
     Raises
     ------
     InputError
         Otherwise, saying what is allowed.
     """
-    if len(name) > MAX_NAME or not _SAFE.fullmatch(name) or name.split(".")[0].lower() in _RESERVED:
-        raise InputError(f"'{name}' cannot be a case id: use letters, digits, '.', '_' and '-', at most {MAX_NAME}")
+    reserved = name.split(".")[0].lower() in _RESERVED or name.endswith((".", PARTIAL))
+    if len(name) > MAX_NAME or not _SAFE.fullmatch(name) or reserved:
+        raise InputError(f"'{name}' cannot be a name: use letters, digits, '.', '_' and '-', at most {MAX_NAME}")
     return name
 
 
@@ -61,10 +65,15 @@ class Store:
                 f"{path} is not a patch store (no store.json); make one with: lungseg preprocess SCANS -o {path}"
             )
         self.header: dict[str, Any] = read_json(path / "store.json")
+        if not isinstance(self.header, dict):
+            raise StoreError(f"{path / 'store.json'} is damaged: not a JSON object")
         if self.header.get("format") != FORMAT or self.header.get("format_version") != FORMAT_VERSION:
             raise MismatchError(
                 f"{path} is a store of format {self.header.get('format_version')}; this lungseg reads {FORMAT_VERSION}"
             )
+        missing = [key for key in ("lungseg_version", "config", "salt", "provenance") if key not in self.header]
+        if missing:
+            raise StoreError(f"{path / 'store.json'} is damaged: {', '.join(missing)} missing")
 
     @classmethod
     def create(
@@ -87,7 +96,7 @@ class Store:
             strangers = [child.name for child in path.iterdir() if not child.name.startswith("store.json")]
             if strangers:
                 raise InputError(f"{path} exists and is not a patch store; give an empty or new folder")
-        with lock(path / "store.json.lock"):
+        with lock(path / "store.json.lock", wait_s=SHORT_WAIT_S):  # shards of one array job start together
             if (path / "store.json").exists():
                 store = cls(path)
                 settings = {key: value for key, value in config.items() if key != "salt"}
@@ -132,7 +141,8 @@ class Store:
 
     def case_file(self, case_id: str, kind: str, name: str = "") -> Path:
         """Path of a case's artefact: ``cases/<id>/<kind>[.<name>].h5``."""
-        return self.path / "cases" / check_name(case_id) / (f"{kind}.{name}.h5" if name else f"{kind}.h5")
+        file = f"{kind}.{check_name(name)}.h5" if name else f"{kind}.h5"
+        return self.path / "cases" / check_name(case_id) / file
 
     def lock_file(self, case_id: str, stage: str) -> Path:
         """Path of the lock of one case and stage."""
@@ -147,12 +157,14 @@ class Store:
         return self.path / "fits" / check_name(name)
 
     def is_done(self, path: Path, kind: str, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
-        """Whether ``path`` already holds the wanted result; with ``overwrite`` a different one counts as not done.
+        """Whether ``path`` holds the wanted result; with ``overwrite`` a different or damaged one counts as not done.
 
         Raises
         ------
         MismatchError
             If it was made with other settings or inputs and ``overwrite`` is off.
+        StoreError
+            If it is damaged and ``overwrite`` is off.
         """
         if not path.exists():
             return False
@@ -160,7 +172,7 @@ class Store:
             with Artefact(path, kind) as artefact:
                 check_current(artefact.provenance, wanted, what=str(path))
             return True
-        except MismatchError:
+        except (MismatchError, StoreError):
             if not overwrite:
                 raise
         return False
@@ -187,20 +199,33 @@ def write_id_map(path: Path, store: Path, rows: list[tuple[str, str, str]]) -> N
 
     if os.path.commonpath([path.resolve(), store.resolve()]) == str(store.resolve()):
         raise InputError(f"--id-map {path} lies inside the store; put it elsewhere, it identifies patients")
-    merged = {row["case_id"]: (row["case_id"], row["patient_id"], row["source"]) for row in read_id_map(path)}
-    merged.update({row[0]: row for row in rows})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("case_id", "patient_id", "source"))
-    writer.writerows(merged[key] for key in sorted(merged))
-    write_text(path, text.getvalue(), mode=0o600)
+    with lock(path.with_name(path.name + ".lock"), wait_s=SHORT_WAIT_S):  # shards of one array job add their rows
+        merged = {row["case_id"]: tuple(row[key] for key in ID_MAP_COLUMNS) for row in read_id_map(path)}
+        merged.update({row[0]: row for row in rows})
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(ID_MAP_COLUMNS)
+        writer.writerows(merged[key] for key in sorted(merged))
+        write_text(path, text.getvalue(), mode=0o600)
 
 
 def read_id_map(path: Path) -> list[dict[str, str]]:
-    """Rows of an id map; empty if there is no such file."""
+    """Rows of an id map; empty if there is no such file.
+
+    Raises
+    ------
+    InputError
+        If it is another kind of file.
+    """
     import csv
 
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as an id map: {error}") from error
+    if any(not isinstance(row.get(key), str) for row in rows for key in ID_MAP_COLUMNS):
+        raise InputError(f"{path} is no id map: its columns are {', '.join(ID_MAP_COLUMNS)}")
+    return rows

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +18,20 @@ from pathlib import Path
 from lungseg.errors import LockedError
 from lungseg.store.atomic import disk_errors
 
+POLL_S = 0.05
+"""Time between two looks at a lock that is waited for."""
+
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock file ``path`` for the block.
+
+    Parameters
+    ----------
+    path : Path
+        Made, with its folder, and removed at the end of the block.
+    wait_s : float
+        Seconds to wait for another holder: for files that are held for a moment only.
 
     Raises
     ------
@@ -28,7 +40,15 @@ def lock(path: Path) -> Iterator[None]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(path)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                _acquire(path)
+                break
+            except LockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(POLL_S)
     try:
         yield
     finally:
@@ -36,10 +56,11 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> None:
-    mine = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    mine = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    mine.unlink(missing_ok=True)  # left by a killed process of our number, it may be a link to the lock itself
     mine.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
     try:
-        for _ in range(2):
+        for _ in range(4):  # a stale guard and a stale lock take one round each
             try:
                 os.link(mine, path)  # atomic, and the content is there from the first moment
                 return
@@ -52,16 +73,27 @@ def _acquire(path: Path) -> None:
                         f"{path} is held by process {holder.get('pid')} on {holder.get('host')}; "
                         "wait for it, or delete this file if that process is gone"
                     ) from None
-                # Move the stale lock away under a name only we use: of two takers, one finds it gone.
-                stale = path.with_name(mine.name + ".stale")
-                try:
-                    os.rename(path, stale)
-                    stale.unlink()
-                except FileNotFoundError:
-                    continue
+                _remove_stale(path, mine, holder)
         raise LockedError(f"{path} is being taken by another process; run the command again")
     finally:
         mine.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path, mine: Path, holder: dict[str, object]) -> None:
+    """Remove a stale lock under a guard, looking again first: a second taker must not remove the first one's lock."""
+    guard = path.with_name(f"{path.name}.{holder['pid']}.takeover")
+    try:
+        os.link(mine, guard)
+    except FileExistsError:
+        other = _holder(guard)
+        if other and _is_stale(other):  # killed in the midst of a takeover
+            guard.unlink(missing_ok=True)
+        return
+    try:
+        if _holder(path) == holder:
+            path.unlink()
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def _identity(pid: int) -> dict[str, object]:
@@ -71,7 +103,7 @@ def _identity(pid: int) -> dict[str, object]:
 def _start_of(pid: int) -> str:
     """Start tick of a process: tells a reused process number from the one that took the lock ("" if unknown)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
     except (OSError, IndexError):
         return ""
 

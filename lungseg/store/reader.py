@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lungseg.errors import MismatchError, StoreError
+from lungseg.errors import LungsegError, MismatchError, StoreError
 from lungseg.store.schema import FORMAT, FORMAT_VERSION, MAX_CHUNK_BYTES, MAX_DATASET_BYTES, SCHEMA
 
 MAX_OPEN_FILES = 32
@@ -46,32 +46,40 @@ class Artefact:
             ) from error
         try:
             self._check()
-        except BaseException:
+        except LungsegError:
             self._file.close()
             raise
+        except Exception as error:  # whatever HDF5 makes of damaged headers
+            self._file.close()
+            raise StoreError(f"{path} is damaged ({error}); delete it and run its stage again") from error
 
     def _check(self) -> None:
-        attrs = self._file.attrs
-        if attrs.get("format") != FORMAT:
+        if self._text("format") != FORMAT:
             raise StoreError(f"{self.path} is not a file of a lungseg store")
-        if int(attrs.get("format_version", -1)) != FORMAT_VERSION:
-            raise MismatchError(
-                f"{self.path} has store format {attrs.get('format_version')}, this lungseg reads {FORMAT_VERSION}"
-            )
-        if attrs.get("kind") != self.kind:
-            raise MismatchError(f"{self.path} is a '{attrs.get('kind')}' file, not '{self.kind}'")
+        version, kind = self._version(), self._text("kind")
+        if version != FORMAT_VERSION:
+            raise MismatchError(f"{self.path} has store format {version}, this lungseg reads {FORMAT_VERSION}")
+        if kind != self.kind:
+            raise MismatchError(f"{self.path} is a '{kind}' file, not '{self.kind}'")
+        self.fingerprint = self._text("fingerprint")
+        """SHA-256 written when the file was made."""
+        self.provenance: dict[str, Any] = json.loads(self._text("provenance"))
+        """What the file says about its making."""
+        if not self.fingerprint or not isinstance(self.provenance.get("inputs"), dict):
+            raise ValueError("no fingerprint or inputs in its header")
         check_schema(self._file, self.path, self.kind)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 written when the file was made."""
-        return str(self._file.attrs["fingerprint"])
+    def _text(self, name: str) -> str:
+        """A root attribute of text; "" unless of fixed length, as ``write_artefact`` makes them (it says why)."""
+        attrs = self._file.attrs
+        kind = h5py.check_string_dtype(attrs.get_id(name).dtype) if name in attrs else None
+        return "" if kind is None or kind.length is None else bytes(attrs[name]).decode()
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the file says about its making."""
-        value: dict[str, Any] = json.loads(str(self._file.attrs["provenance"]))
-        return value
+    def _version(self) -> int:
+        """Format version; -1 if it is no number."""
+        attrs = self._file.attrs
+        known = "format_version" in attrs and attrs.get_id("format_version").dtype.kind in "iu"
+        return int(attrs["format_version"]) if known else -1
 
     def __contains__(self, name: str) -> bool:
         return name in self._file

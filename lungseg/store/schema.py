@@ -28,9 +28,9 @@ MAX_DATASET_BYTES = 64 * 2**30
 """Declared sizes above this are refused before anything is allocated (a whole-body CT at 0.3 mm has 12 GiB)."""
 MAX_CHUNK_BYTES = 64 * 2**20
 GZIP_LEVEL = 4
-"""gzip 4 + shuffle: within 2 % of gzip 9's ratio at 17 times its speed (tests/benchmarks/RESULTS.md)."""
-CHUNK = (32, 64, 64)
-"""Chunk of volumes: see tests/benchmarks/RESULTS.md."""
+"""gzip 4 + shuffle: within 2 % of gzip 9 in size, at seven times its writing speed (tests/benchmarks/RESULTS.md)."""
+CHUNK = (16, 32, 32)
+"""Chunk of volumes: best ratio of those tried, nearly the fastest random patches (tests/benchmarks/RESULTS.md)."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,23 @@ def write_artefact(
         if array.dtype != np.dtype(specs[name].dtype) or array.ndim != specs[name].rank:
             raise ValueError(f"{kind}/{name}: {array.dtype} rank {array.ndim}, schema says {specs[name]}")
     mark = fingerprint(kind, provenance, datasets)
-    with atomic_path(path) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as file:
-        file.attrs["format"] = FORMAT
+    header = {"kind": kind, "provenance": canonical_json(provenance), "fingerprint": mark}
+    # Made in memory (compressed) and written by Python: HDF5 crashes the process when the disk is full under it.
+    with atomic_path(path) as partial:
+        partial.write_bytes(_file_image(header, datasets, attributes or {}))
+    return mark
+
+
+def _file_image(
+    header: Mapping[str, str], datasets: Mapping[str, np.ndarray], attributes: Mapping[str, Mapping[str, Any]]
+) -> bytes:
+    """The bytes of an HDF5 file."""
+    with h5py.File("image", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["kind"] = kind
-        file.attrs["provenance"] = canonical_json(provenance)
-        file.attrs["fingerprint"] = mark
+        for key, text in {"format": FORMAT, **header}.items():
+            # of fixed length: HDF5 keeps others in a heap without checksum, and can loop for ever in a damaged one
+            data = text.encode()
+            file.attrs.create(key, data, dtype=h5py.string_dtype("utf-8", len(data)))
         written: dict[int, str] = {}
         for name in sorted(datasets):
             array = datasets[name]
@@ -137,21 +148,25 @@ def write_artefact(
                 continue
             written[id(array)] = name
             _write_dataset(file, name, array)
-        for name, values in (attributes or {}).items():
+        for name, values in attributes.items():
             for key in sorted(values):
                 file[name].attrs[key] = values[key]
-    return mark
+        file.flush()
+        image: bytes = file.id.get_file_image()
+    return image
 
 
 def _write_dataset(file: h5py.File, name: str, array: np.ndarray) -> None:
     if array.size == 0:
         file.create_dataset(name, data=array)
         return
-    if array.ndim == 3:
-        chunks = tuple(min(c, n) for c, n in zip(CHUNK, array.shape, strict=True))
-    else:  # whole rows, or one class of a posterior, of at most about 1 MiB
+    chunks: tuple[int, ...]
+    if array.ndim >= 3:  # one class of a posterior at a time
+        ones = (1,) * (array.ndim - 3)
+        chunks = ones + tuple(min(c, n) for c, n in zip(CHUNK, array.shape[-3:], strict=True))
+    else:  # whole rows, about 1 MiB of them
         row = int(np.prod(array.shape[1:])) * array.dtype.itemsize
-        chunks = (max(1, min(array.shape[0], 2**20 // max(row, 1))), *array.shape[1:])
+        chunks = (max(1, min(array.shape[0], 2**20 // row)), *array.shape[1:])
     file.create_dataset(
         name, data=array, chunks=chunks, compression="gzip", compression_opts=GZIP_LEVEL, shuffle=True, fletcher32=True
     )
@@ -171,8 +186,8 @@ def check_current(
     for section in ("config", "inputs"):
         old, new = existing.get(section, {}), wanted.get(section, {})
         for key in sorted(set(old) | set(new)):
-            # compare as JSON: tuples and lists are the same setting
-            if json.dumps(old.get(key)) != json.dumps(new.get(key)):
+            # compare as read from JSON: tuples and lists, 1 and 1.0 are the same setting
+            if json.loads(json.dumps(old.get(key))) != json.loads(json.dumps(new.get(key))):
                 differences.append(
                     f"{section[:-1] if section == 'inputs' else section} {key}: "
                     f"there {_short(old.get(key))}, now {_short(new.get(key))}"

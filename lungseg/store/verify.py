@@ -12,6 +12,8 @@ from lungseg.store.cases import Store
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import SCHEMA, fingerprint
 
+RERUN = "delete it and run its stage again"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -27,8 +29,11 @@ def verify_store(store: Store) -> Iterator[Finding]:
     """Check every file of a store, one finding a file, sound ones included.
 
     Checked: schema, HDF5 checksums, fingerprints, and that each file was made from the present version of its
-    inputs within the same case; partial files of killed runs are reported with their cure.
+    inputs within the same case; fits can be read; partial files of killed runs are reported with their cure.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     for path in store.leftovers():
         yield Finding(path, "left by an interrupted run", "run the same command again, or delete it")
     for case_dir in sorted((store.path / "cases").glob("*")):
@@ -41,12 +46,17 @@ def verify_store(store: Store) -> Iterator[Finding]:
             read_json(path)
             yield Finding(path, "")
         except StoreError as error:
-            yield Finding(path, str(error), "delete it and run its stage again")
+            yield Finding(path, str(error), RERUN)
+    for path in sorted(store.path.glob("fits/*/*.safetensors")):
+        try:
+            load_file(path)
+            yield Finding(path, "")
+        except (SafetensorError, OSError) as error:
+            yield Finding(path, f"{path} is damaged: {error}", RERUN)
 
 
 def _verify_file(path: Path, marks: dict[str, str]) -> Finding:
     kind = path.name.split(".")[0]
-    rerun = "delete it and run its stage again"
     if kind not in SCHEMA:
         return Finding(path, "not a file of the store's layout", "move it elsewhere")
     try:
@@ -54,11 +64,13 @@ def _verify_file(path: Path, marks: dict[str, str]) -> Finding:
             names = artefact.names()
             content = {name: artefact.read(name) for name in names}
             if fingerprint(kind, artefact.provenance, content) != artefact.fingerprint:
-                return Finding(path, "content does not match its fingerprint", rerun)
+                return Finding(path, "content does not match its fingerprint", RERUN)
             marks[path.name] = artefact.fingerprint
             for source, mark in artefact.provenance["inputs"].items():
+                if source.endswith(".h5") and not (path.parent / source).exists():
+                    return Finding(path, f"made from {source}, which is missing", f"make {source} again, or {RERUN}")
                 if source in marks and marks[source] != mark:
-                    return Finding(path, f"made from another {source} than the one beside it", rerun)
+                    return Finding(path, f"made from another {source} than the one beside it", RERUN)
     except (LungsegError, KeyError, ValueError) as error:
-        return Finding(path, str(error), rerun)
+        return Finding(path, str(error), RERUN)
     return Finding(path, "")
