@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def run(
     """Run one command; every error leaves through here with its exit code."""
     verbose = bool(execution_values.get("verbose"))
     _start_logging(quiet=bool(execution_values.get("quiet")), verbose=verbose)
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         config, execution = make_configs(command, values, execution_values)
         if execution.dry_run:
@@ -66,7 +67,8 @@ def run(
         _print_error("interrupted; run the same command again to resume", verbose=False)
         code = 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone (`| head`): nothing is left to say
+        # the reader of our output is gone (`| head`): nothing is left to say, nor to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except MemoryError:
         _print_error("not enough memory: use --jobs 1, a smaller --batch-size or a coarser spacing", verbose)
@@ -76,14 +78,22 @@ def run(
             f"bug in lungseg, please report it with the output of -v: {type(error).__name__}: {error}", verbose
         )
         code = 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         raise typer.Exit(code)
 
 
+class _StderrHandler(logging.Handler):
+    """Messages as plain lines on whatever standard error is at the moment (tests and notebooks replace it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
 def _start_logging(*, quiet: bool, verbose: bool) -> None:
     """Progress in words goes to standard error; standard output is for results."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler = _StderrHandler()
     logger = logging.getLogger("lungseg")
     logger.handlers[:] = [handler]
     logger.propagate = False
@@ -120,9 +130,19 @@ def _plain(value: Any) -> Any:
 
 def _print_result(result: Any, execution: Execution) -> None:
     from rich.console import Console
+
+    if execution.quiet:
+        return
+    # no markup: messages hold [brackets] that are meant
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    with console.capture() as capture:
+        _fill(console, result)
+    print(capture.get(), end="", flush=True)  # by hand: rich makes exit code 1 of a broken pipe
+
+
+def _fill(console: Any, result: Any) -> None:
     from rich.table import Table
 
-    console = Console(soft_wrap=False, quiet=execution.quiet, width=None if sys.stdout.isatty() else 120)
     noteworthy = [o for o in result.outcomes if o.message or o.status == "failed"]
     if noteworthy:
         table = Table(title=f"{result.stage}: cases to look at")
@@ -132,11 +152,11 @@ def _print_result(result: Any, execution: Execution) -> None:
             table.add_row(outcome.case_id, outcome.status, outcome.message)
         console.print(table)
     if result.outcomes:
-        console.print(f"{result.stage}: {result.counts()}", highlight=False, markup=False)
+        console.print(f"{result.stage}: {result.counts()}")
     for table in result.tables:
         console.print(table)
     for note in result.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 for _command in COMMANDS:

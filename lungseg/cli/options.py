@@ -61,7 +61,7 @@ class Command:
 
 
 def command_function(command: Command, run: Callable[..., None]) -> Callable[..., None]:
-    """Function with a signature Typer understands; calls ``run(command, config, execution, paths)``."""
+    """Function with a signature Typer understands; calls ``run(command, paths, values, execution_values)``."""
     parameters = [path.parameter() for path in command.paths]
     if command.config is not None:
         own = _option_fields(command.config)
@@ -101,11 +101,12 @@ def make_configs(
     execution = dataclasses.replace(from_dict(Execution, given), interface="cli")
     if command.config is None:
         return None, execution
-    options = dict(values)
+    options = {key: value for key, value in values.items() if value is not None}
+    file_values = read_toml(Path(options["config"]), command.name) if "config" in options else {}
     if {"preset", "config"} <= {field.name for field in _option_fields(command.config)}:
-        return make_config(command.config, **options), execution
-    preset, file = options.pop("preset") or DEFAULT_PRESET, options.pop("config")
-    file_values = read_toml(Path(file), command.name) if file else {}
+        return from_dict(command.config, {**file_values, **options}), execution  # hands both on to its stages
+    preset = options.pop("preset", DEFAULT_PRESET)
+    options.pop("config", None)
     return make_config(command.config, preset=preset, file_values=file_values, **options), execution
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lungseg.errors import InputError
 from lungseg.scan.dicom import Series, choose_series, find_series, read_series
+from lungseg.scan.dicom_headers import read_header, walk_files
 from lungseg.scan.nifti import read_image
 from lungseg.scan.volume import Volume
 
@@ -37,7 +38,9 @@ class Source:
     case_id: str = ""
     """Given by a manifest; else empty."""
     patient_id: str = ""
-    """As in the manifest or the DICOM header: to be hashed unless from a manifest."""
+    """As in the DICOM header: to be hashed before it is written anywhere."""
+    given_patient_id: str = ""
+    """Given by a manifest; else empty."""
     split: str = ""
     reference: Path | None = None
     inspiration: str = ""
@@ -89,33 +92,26 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
 def _sources_of(path: Path) -> list[Source]:
     if path.is_file():
         return [Source(path)] if _is_image(path) else _studies(path)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    images = [Source(file) for file in files if _is_image(file)]
-    # a folder of images alone is no failed DICOM folder; a README or a table beside them is no DICOM either
-    if images and not any(_may_be_dicom(file) for file in files):
-        return images
-    return images + _studies(path)
+    try:
+        # names with a leading dot: what macOS and killed runs leave beside images
+        images = [Source(file) for file in walk_files(path) if _is_image(file) and not file.name.startswith(".")]
+    except InputError as error:
+        return [Source(path, problem=str(error))]
+    return images + _studies(path, required=not images)
 
 
 def _is_image(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _may_be_dicom(path: Path) -> bool:
-    return not _is_image(path) and path.suffix.lower() not in (
-        ".csv",
-        ".json",
-        ".txt",
-        ".md",
-        ".raw",
-        ".zraw",
-        ".png",
-        ".pdf",
-    )
+def _is_dicom(path: Path) -> bool:
+    return not _is_image(path) and path.stat().st_size > 0 and read_header(path) is not None
 
 
-def _studies(path: Path) -> list[Source]:
-    """One source per study below ``path``."""
+def _studies(path: Path, *, required: bool = True) -> list[Source]:
+    """One source per study below ``path``; that there is no DICOM at all is a problem only if it is ``required``."""
+    if not required and not any(_is_dicom(file) for file in walk_files(path)):
+        return []
     try:
         scan = find_series(path)
     except InputError as error:
@@ -146,12 +142,13 @@ def read_manifest(manifest: Path, paths: Iterable[Path] = ()) -> list[Source]:
     InputError
         If the file cannot be read, has unknown columns or values, repeats a case id, or lists nothing.
     """
-    rows = _manifest_rows(manifest)
     chosen = [path.resolve() for path in paths]
     sources = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in _manifest_rows(manifest):
         where = f"{manifest}, line {number}"
-        values = {key: (value or "").strip() for key, value in row.items() if key}
+        if None in row:
+            raise InputError(f"{where}: more values than columns; put a value with a comma into quotes")
+        values = {key: (value or "").strip() for key, value in row.items()}
         if not values.get("path"):
             raise InputError(f"{where}: the path is empty")
         path = manifest.parent / values["path"]
@@ -165,7 +162,7 @@ def read_manifest(manifest: Path, paths: Iterable[Path] = ()) -> list[Source]:
             replace(
                 _listed(path, values.get("series", ""), where),
                 case_id=values.get("case_id", ""),
-                patient_id=values.get("patient_id", ""),
+                given_patient_id=values.get("patient_id", ""),
                 split=values.get("split", ""),
                 reference=reference,
                 inspiration=values.get("inspiration", ""),
@@ -180,11 +177,12 @@ def read_manifest(manifest: Path, paths: Iterable[Path] = ()) -> list[Source]:
     return sources
 
 
-def _manifest_rows(manifest: Path) -> list[dict[str, str]]:
+def _manifest_rows(manifest: Path) -> list[tuple[int, dict[str, str]]]:
+    """Rows with their line numbers (of the last line, where a value spans several)."""
     try:
         with open(manifest, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
-            rows = list(reader)
+            rows = [(reader.line_num, row) for row in reader]
             columns = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{manifest}: cannot be read as CSV: {error}") from error

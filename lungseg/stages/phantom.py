@@ -76,7 +76,7 @@ def _write_manifest(output: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "case_id", "patient_id", "reference", "inspiration"))
-    for reference in sorted((output / "reference").glob("*.nii.gz")):
+    for reference in sorted((output / "reference").glob("phantom-*.nii.gz")):
         name = reference.name.removesuffix(".nii.gz")
         writer.writerow((name, name, name, f"reference/{reference.name}", "inspiration"))
     write_text(output / "manifest.csv", text.getvalue())
