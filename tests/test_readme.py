@@ -43,7 +43,7 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
             [sys.executable, "-m", "lungseg.cli.app", *words[1:]],
             cwd=tmp_path,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
