@@ -219,9 +219,17 @@ def _median(values: Sequence[float]) -> float:
 
 
 COLUMNS = (
-    "class", "pairs", "cases", "patients", "Dice mean", "95 % CI", "Dice median", "HD95 mean", "HD95 median",
-    "HD95 penalised", "missed", "false tissue (mL)",
-)  # fmt: skip
+    "class",
+    "pairs",
+    "DSC mean",
+    "95 % CI",
+    "DSC median",
+    "HD95 mean",
+    "HD95 median",
+    "HD95 penalised",
+    "missed",
+    "false (mL)",
+)
 
 
 def header_lines(summary: Summary) -> list[str]:
@@ -244,10 +252,14 @@ def rich_table(summary: Summary) -> Table:
     from rich.table import Table
 
     table = Table(
-        title="Dice and HD95 against the reference", caption="\n".join(header_lines(summary)), box=box.SIMPLE_HEAD
+        title="DSC and HD95 (mm) against the reference",
+        caption="\n".join(header_lines(summary)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in summary.classes:
         table.add_row(*_cells(row))
     table.add_section()
@@ -269,8 +281,6 @@ def _cells(row: ClassSummary) -> list[str]:
     return [
         row.tissue,
         str(row.num_pairs),
-        str(row.num_cases),
-        str(row.num_patients),
         _number(row.dice_mean, 3),
         interval,
         _number(row.dice_median, 3),
