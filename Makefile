@@ -12,15 +12,24 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test test-fast lint bench tables clean
 
-setup: $(VENV)/.installed
+# The name of a stamp holds the constraint, so that another one installs again.
+STAMP := $(VENV)/.$(subst =,,$(CONSTRAINTS))
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 
-$(VENV)/.installed: pyproject.toml
+setup: $(STAMP)-dev
+
+# what users need; the rest (tests, linters, and pyradiomics, which needs a C++ compiler) comes on top
+$(STAMP)-core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	printf '%s\n' "$(CONSTRAINTS)" > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,pyradiomics]'
+	$(PIP) -e .
 	touch $@
 
-demo: setup
+$(STAMP)-dev: $(STAMP)-core
+	$(PIP) -e '.[dev,pyradiomics]'
+	touch $@
+
+demo: $(STAMP)-core
 	$(BIN)/lungseg demo data_samples -o $(DEMO_OUTPUT) --jobs $(JOBS)
 
 test: setup

@@ -54,8 +54,7 @@ def run(
         if execution.dry_run:
             _print_plan(command, paths, config)
             return
-        module, _, name = command.stage.partition(":")
-        function = getattr(importlib.import_module(module), name)
+        function = _load(command.stage)
         settings = {} if config is None else {"config": config}
         result = function(**paths, **settings, execution=execution)
         _print_result(result, execution)
@@ -113,13 +112,21 @@ def _print_error(text: str, verbose: bool) -> None:
 
 
 def _print_plan(command: Command, paths: Mapping[str, Any], config: Any) -> None:
-    """What a dry run shows: paths and the full configuration as JSON."""
-    plan = {
+    """What a dry run shows: paths and the full configuration, of all stages for `run`, as JSON."""
+    plan: dict[str, Any] = {
         "command": command.name,
         "paths": {key: _plain(value) for key, value in paths.items()},
         "config": to_dict(config) if config is not None else {},
     }
+    if command.plan:
+        plan["stages"] = _load(command.plan)(config, model=paths.get("model"))
     typer.echo(json.dumps(plan, indent=2))
+
+
+def _load(name: str) -> Any:
+    """Object named ``module:attribute``."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _plain(value: Any) -> Any:

@@ -78,7 +78,7 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg synthesize run -o synthetic -n 64",
             "lungseg synthesize model.safetensors -o synthetic -n 1000 --sampler ddpm --device cuda",
         ),
-        ("device", "dry_run", *_SAYING),
+        ("device", "overwrite", "dry_run", *_SAYING),
     ),
     Command(
         "cluster",
@@ -143,6 +143,7 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg run dicom/ -o out --train --preset small --device cuda",
         ),
         ("device", "jobs", "threads", "overwrite", "dry_run", *_SAYING),
+        plan="lungseg.stages.run:plan_dict",
     ),
     Command(
         "demo",

@@ -58,6 +58,8 @@ class Command:
     examples: tuple[str, ...]
     execution: tuple[str, ...] = ("device", "jobs", "shard", "overwrite", "dry_run", "quiet", "verbose")
     """Fields of :class:`Execution` that mean something to this command."""
+    plan: str = ""
+    """``module:function`` of (config, model path) that tells a dry run the settings of several stages."""
 
 
 def command_function(command: Command, run: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lungseg.config.fields import option
+from lungseg.config.fields import MAX_SEED, option
 from lungseg.config.presets import DEFAULT_PRESET, PRESETS
 
 
@@ -17,3 +17,4 @@ class RunConfig:
     )
     config: str = option("", "TOML file; its tables, named like the commands, set options of the stages.")
     salt: str = option("", "Secret that makes case ids reproducible; empty: a new random one.")
+    seed: int | None = option(None, "Seed of all stages; none: each stage's own.", minimum=0, maximum=MAX_SEED)

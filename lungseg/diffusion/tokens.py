@@ -13,7 +13,7 @@ import torch
 
 from lungseg.diffusion.checkpoint import Student
 
-PLANES_KEPT = 512
+PLANES_KEPT = 256
 """Noise planes kept in memory: more than the depth of any patch, so overlapping windows do not draw them twice."""
 
 
@@ -51,7 +51,6 @@ def encode_windows(
     *,
     timesteps: Sequence[int],
     combine: str = "concat",
-    precision: str = "fp32",
 ) -> np.ndarray:
     """Token descriptors of a batch of windows.
 
@@ -82,8 +81,7 @@ def encode_windows(
         if t > 0:
             eps = np.stack([noise.box(int(t), corner, windows_hu.shape[1:]) for corner in corners])
             x_t = student.schedule.q_sample(x_0, times, torch.from_numpy(eps).to(device))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            bottleneck = student.unet.encode(torch.stack([x_t, mask], dim=1), times)  # (N, C, d, h, w)
+        bottleneck = student.unet.encode(torch.stack([x_t, mask], dim=1), times)  # (N, C, d, h, w)
         tokens = bottleneck.float().movedim(1, -1)
         z = student.head(tokens.flatten(0, -2))[0].view(*tokens.shape[:-1], -1)
         blocks.append(z.movedim(-1, 1))

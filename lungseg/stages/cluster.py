@@ -118,6 +118,7 @@ def cluster(
     outcomes: tuple[CaseOutcome, ...] = ()
     if fit is not None:
         fitted = load_fit(Path(fit))
+        _check_fit(fitted, student, config, Path(fit))
     else:
         training = training_cases(store, case_ids)
         outcomes = run_cases(
@@ -128,18 +129,35 @@ def cluster(
         if execution.shard:
             note = "this shard's tokens are sampled; then fit without --shard, and apply with --fit and --shard"
             return dataclasses.replace(sampled, notes=(note,))
-        sampled.require_complete()
-        fitted = _fit(store, training, student, config, execution)
+        if not sampled.complete():
+            sampled.require_complete()
+        fitted = _fit(store, sampled.complete(), student, config, execution)
     if bundle is not None:
         _write_bundle(Path(bundle), model_path, student, fitted)
     notes = (f"fit: {store.fit_dir(config.name)}",) if fit is None else ()
     if fit_only:
         return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+    unsampled = {o.case_id: o for o in outcomes if o.status not in (DONE, SKIPPED)}
     outcomes = run_cases(
         _apply_one, case_ids, store, model_path, fitted, config, device, execution.overwrite,
         names=case_ids, title="cluster", execution=execution,
     )  # fmt: skip
+    outcomes = tuple(unsampled.get(o.case_id, o) if o.status in (DONE, SKIPPED) else o for o in outcomes)
     return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+
+
+def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: Path) -> None:
+    """Refuse a fit of another model, or of tokens made with other settings."""
+    if fitted.provenance["inputs"].get("model") != student.fingerprint:
+        raise MismatchError(f"the fit {path} belongs to another model than the one given with --model")
+    made, wanted = fitted.provenance["config"], to_dict(config)
+    differing = [
+        f"{key}: fitted with {made.get(key)}, now {wanted[key]}"
+        for key in _TOKEN_SETTINGS
+        if made.get(key) != wanted[key]
+    ]
+    if differing:
+        raise MismatchError(f"the fit {path} needs tokens made as its own were ({'; '.join(differing)})")
 
 
 def find_model(path: Path) -> Path:
@@ -240,7 +258,8 @@ def _sample_one(
         features, usable = case_tokens(volume, student, config)
         index = np.argwhere(usable & (token_mask_fraction(mask, p) >= config.min_token_lung))
         rng = np.random.Generator(np.random.Philox(_seed_of(config.seed, case_id)))
-        index = index[np.sort(rng.permutation(len(index))[: config.tokens_per_case])].astype(np.int32)
+        # in random order: the fit takes the first ones of each case when there are too many
+        index = rng.permutation(index)[: config.tokens_per_case].astype(np.int32)
         image, grid = volume.read("image"), volume.provenance["grid"]
         spacing = cast("tuple[float, float, float]", tuple(grid["spacing_mm"]))
         sigma = config.naming_sigma_mm / spacing[0]
@@ -388,7 +407,11 @@ def _write_bundle(path: Path, model: Path, student: Student, fitted: NamedFit) -
     _, tensors = read_model_file(model)
     weights = {name: t for name, t in tensors.items() if not name.startswith("fit.")}
     extra = {f"fit.{name}": torch.from_numpy(array) for name, array in _saveable(fitted.mixture).items()}
-    save_model(path, weights, config=student.config, card=student.card, extra_tensors=extra, extra=_fit_json(fitted))
+    # this file is shared: how many cases, and which by fingerprint, but not their ids
+    inputs = {key: mark for key, mark in fitted.provenance["inputs"].items() if key != "model"}
+    shared = {**fitted.provenance, "inputs": {"model": student.fingerprint, "tokens": sorted(inputs.values())}}
+    description = _fit_json(dataclasses.replace(fitted, provenance=shared))
+    save_model(path, weights, config=student.config, card=student.card, extra_tensors=extra, extra=description)
 
 
 def _apply_one(

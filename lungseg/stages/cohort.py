@@ -18,6 +18,7 @@ from typing import Any
 from lungseg.config.execution import Execution
 from lungseg.errors import InputError, Interrupted, LockedError, LungsegError, PartialError, ResourceError
 from lungseg.stages.progress import progress
+from lungseg.store.atomic import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +56,16 @@ class StageResult:
     """Figures for the caller in Python."""
 
     def require_complete(self) -> StageResult:
-        """Itself if no case failed.
+        """Itself if every case is complete.
 
         Raises
         ------
         PartialError
-            If some cases failed and others are complete.
+            If some cases failed or are in other hands, and others are complete.
         LungsegError
             If all failed: with the exit code of the first one.
         """
-        failed = [outcome for outcome in self.outcomes if outcome.status == FAILED]
+        failed = [outcome for outcome in self.outcomes if outcome.status in (FAILED, BUSY)]
         if not failed:
             return self
         text = "; ".join(f"{outcome.case_id}: {outcome.message}" for outcome in failed)
@@ -76,11 +77,15 @@ class StageResult:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0, 8 when some cases failed, that of the first failure when all did."""
-        failed = [outcome for outcome in self.outcomes if outcome.status == FAILED]
-        if not failed:
+        """Exit code of the command: 0, 8 when some cases are not complete, that of the first failure when none is."""
+        open_cases = [outcome for outcome in self.outcomes if outcome.status in (FAILED, BUSY)]
+        if not open_cases:
             return 0
-        return 8 if len(failed) < len(self.outcomes) else failed[0].exit_code
+        return 8 if len(open_cases) < len(self.outcomes) else open_cases[0].exit_code
+
+    def complete(self) -> list[str]:
+        """Ids of the cases whose result is there."""
+        return [outcome.case_id for outcome in self.outcomes if outcome.status in (DONE, SKIPPED)]
 
     def counts(self) -> str:
         """For example ``3 done, 1 failed``."""
@@ -158,7 +163,7 @@ def guarded(work: Work, item: Any, name: str, *arguments: Any) -> CaseOutcome:
         except Interrupted:  # SIGTERM: the whole run stops, not this case
             raise
         except LockedError as error:
-            return CaseOutcome(name, BUSY, str(error))
+            return CaseOutcome(name, BUSY, str(error), error.exit_code)
         except LungsegError as error:
             return CaseOutcome(name, FAILED, str(error), error.exit_code, traceback.format_exc())
         except MemoryError:
@@ -167,6 +172,24 @@ def guarded(work: Work, item: Any, name: str, *arguments: Any) -> CaseOutcome:
         except Exception as error:
             text = f"bug in lungseg (please report): {type(error).__name__}: {error}"
             return CaseOutcome(name, FAILED, text, 1, traceback.format_exc())
+
+
+def output_folder(path: Path) -> Path:
+    """``path`` as a folder that exists, made if need be.
+
+    Raises
+    ------
+    InputError
+        If it, or a folder above it, is a file.
+    ResourceError
+        If it cannot be written.
+    """
+    for parent in (path, *path.parents):
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"{parent} is a file; give the output folder another name")
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @contextmanager

@@ -6,12 +6,11 @@ import logging
 from pathlib import Path
 
 from lungseg.config.execution import Execution
-from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.run import RunConfig
 from lungseg.errors import InputError
 from lungseg.stages.cohort import StageResult
 from lungseg.stages.preprocess import preprocess
-from lungseg.stages.run import make_bundle, run, stage_settings
+from lungseg.stages.run import make_bundle, plan_run, run
 from lungseg.store.cases import Store
 
 log = logging.getLogger(__name__)
@@ -36,18 +35,18 @@ def demo(samples: Path, output: Path, *, execution: Execution = Execution()) -> 
     for manifest in manifests.values():
         if not manifest.is_file():
             raise InputError(f"{manifest} is missing; make phantoms with: lungseg phantom -o {manifest.parent} -n 4")
-    stages = stage_settings(PRESET)
+    plan = plan_run(RunConfig(preset=PRESET, salt=SALT))
     log.info("demo 1/3: scans to a patch store (%s)", manifests["train"])
     preprocess(
         None,
         output / "train",
-        stages.make(PreprocessConfig, "preprocess", salt=SALT),
+        plan.preprocess,
         manifest=manifests["train"],
         execution=execution,
     ).require_complete()
     log.info("demo 2/3: radiomics, training and fit, without any label")
     bundle = output / "bundle.safetensors"
-    make_bundle(Store(output / "train"), output / "run", bundle, stages, execution=execution)
+    make_bundle(Store(output / "train"), output / "run", bundle, plan, execution=execution)
     log.info("demo 3/3: new scans (%s) with this model", manifests["test"])
     return run(
         None,

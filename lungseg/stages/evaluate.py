@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +11,20 @@ import numpy as np
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
-from lungseg.errors import InputError
+from lungseg.errors import InputError, StoreError
 from lungseg.evaluation.overlap import missing_prediction_scores, score_case
 from lungseg.evaluation.tables import cases_csv, markdown_table, rich_table, summarise, summary_dict
 from lungseg.scan.nifti import read_image
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import IMAGE_SUFFIXES
 from lungseg.scan.volume import Geometry, Volume
-from lungseg.stages.cohort import DONE, FAILED, CaseReturn, StageResult, run_cases
+from lungseg.stages.cohort import DONE, FAILED, CaseReturn, StageResult, output_folder, run_cases
 from lungseg.stages.refine import source_labels
 from lungseg.store.atomic import write_json, write_text
 from lungseg.store.cases import Store, read_id_map
 from lungseg.tissue import OUTSIDE, VIEWS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def evaluate(
     InputError
         If there is no reference at all, or none that fits a prediction.
     """
-    output = Path(output)
+    output = output_folder(Path(output))
     store = predictions if isinstance(predictions, Store) else _as_store(Path(predictions))
     if store is not None:
         pairs = _store_pairs(store, config.name, reference, id_map)
@@ -81,8 +84,10 @@ def evaluate(
     scores = [score for outcome in outcomes for score in outcome.value or ()]
     if not scores:
         raise InputError(f"nothing could be scored: {outcomes[0].message if outcomes else 'no reference was found'}")
+    scored = {pair.case_id for pair in pairs}
+    left = [c for c in store.case_ids() if c not in scored] if store else []
+    unscored = (f"{len(left)} cases have no reference and are not scored: {', '.join(left[:5])}",) if left else ()
     summary = summarise(scores, num_bootstrap=config.bootstrap, seed=config.seed)
-    output.mkdir(parents=True, exist_ok=True)
     figures = {**summary_dict(summary), "config": to_dict(config)}
     write_text(output / "cases.csv", cases_csv(scores))
     write_json(output / "summary.json", figures)
@@ -92,7 +97,7 @@ def evaluate(
         output,
         outcomes,
         tables=(rich_table(summary),),
-        notes=(f"tables: {output}",),
+        notes=(*unscored, f"tables: {output}"),
         values={"summary": figures},
     )
 
@@ -121,16 +126,21 @@ def _store_pairs(store: Store, name: str, reference: Path | None, id_map: Path |
     maps = _label_maps(Path(reference)) if reference else {}
     sources = {}
     if id_map:
-        sources = {_stem(Path(row["source"])): row["case_id"] for row in read_id_map(Path(id_map))}
+        rows = read_id_map(Path(id_map))
+        stems = [_stem(Path(row["source"])) for row in rows]
+        # two sources of one name cannot be told apart by a reference of that name: their case ids still can
+        sources = {stem: row["case_id"] for stem, row in zip(stems, rows, strict=True) if stems.count(stem) == 1}
     by_case = {sources.get(stem, stem): path for stem, path in maps.items()}
     pairs = []
     for case_id in case_ids:
         if case_id in by_case or (not reference and store.case_file(case_id, "reference").exists()):
-            with store.open(case_id, "volume") as volume:
-                patient = str(volume.provenance["patient_id"])
-            pairs.append(_Pair(case_id, patient, by_case.get(case_id), None))
+            pairs.append(_Pair(case_id, _patient(store, case_id), by_case.get(case_id), None))
     strangers = [path for case_id, path in by_case.items() if case_id not in case_ids]
-    pairs += [_Pair(_stem(path), _stem(path), path, None) for path in strangers]
+    # file names of strangers may hold patients' names: they get numbers, and only -v tells which is which
+    for number, path in enumerate(strangers, start=1):
+        name = f"reference-{number:04d}"
+        log.debug("evaluate: %s is %s", name, path)
+        pairs.append(_Pair(name, name, path, None))
     if not any(pair.case_id in case_ids for pair in pairs):
         where = f"in {reference}" if reference else "in the store"
         raise InputError(
@@ -138,6 +148,15 @@ def _store_pairs(store: Store, name: str, reference: Path | None, id_map: Path |
             f"(cases: {', '.join(case_ids[:5])} ...), or give --id-map"
         )
     return pairs
+
+
+def _patient(store: Store, case_id: str) -> str:
+    """Patient of a case; the case itself if its volume cannot be read (its scoring then fails and says why)."""
+    try:
+        with store.open(case_id, "volume") as volume:
+            return str(volume.provenance["patient_id"])
+    except StoreError:
+        return case_id
 
 
 def _folder_pairs(predictions: Path, reference: Path) -> list[_Pair]:
@@ -191,6 +210,7 @@ def _prediction(
     if not store.case_file(pair.case_id, "labels", config.name).exists():
         return None
     with store.open(pair.case_id, "volume") as volume, store.open(pair.case_id, "labels", config.name) as artefact:
+        artefact.require_input("volume.h5", volume.fingerprint)
         labels, lungs, _ = source_labels(volume, artefact.read("labels"))
         grid = Geometry.from_dict(volume.provenance["source"]["grid"])
         if lungs is None:

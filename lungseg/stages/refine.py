@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lungseg.segmentation.compatibility import check_hu_compatibility
 from lungseg.segmentation.density import smooth_hu
 from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
 from lungseg.segmentation.sobel_fusion import posterior_labels, remove_small_components, sobel_diffusion_fusion
-from lungseg.stages.cohort import DONE, FAILED, SKIPPED, StageResult, run_cases
+from lungseg.stages.cohort import DONE, FAILED, SKIPPED, CaseReturn, StageResult, output_folder, run_cases
 from lungseg.store.atomic import write_bytes, write_text
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
@@ -50,37 +51,41 @@ def refine(
         If results of other settings exist and ``execution.overwrite`` is off.
     """
     store = store if isinstance(store, Store) else Store(Path(store))
-    case_ids = [c for c in store.require_cases() if store.case_file(c, "clusters", config.name).exists()]
-    if not case_ids:
+    case_ids = store.require_cases()
+    if not any(store.case_file(case_id, "clusters", config.name).exists() for case_id in case_ids):
         raise InputError(
             f"store {store.path} has no clustering '{config.name}': run lungseg cluster {store.path} first"
         )
-    folder = Path(export) if export else None
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(Path(export)) if export else None
     outcomes = run_cases(
         _refine_one, case_ids, store, config, execution.overwrite,
         names=case_ids, title="refine", execution=execution,
     )  # fmt: skip
+    result = StageResult("refine", store.path, outcomes)
     if folder is None:
-        return StageResult("refine", store.path, outcomes)
-    good = [outcome.case_id for outcome in outcomes if outcome.status != FAILED]
-    exported = run_cases(_export_one, good, store, config, folder, names=good, title="export", execution=execution)
-    if not execution.shard:
-        _write_quantification(store, config, good, folder)
+        return result
+    done = result.complete()
+    whole = dataclasses.replace(execution, shard="")  # these are this shard's cases already
+    exported = run_cases(_export_one, done, store, config, folder, names=done, title="export", execution=whole)
+    rows = {outcome.case_id: outcome.value for outcome in exported if outcome.value is not None}
+    number = execution.shard.partition("/")[0]
+    table = folder / (f"quantification-{number}.csv" if number else "quantification.csv")
+    write_text(table, quantification_csv(rows))
     failed = {o.case_id: o for o in exported if o.status == FAILED}
     outcomes = tuple(failed.get(o.case_id, o) for o in outcomes)
-    notes = (f"label maps, pictures and quantification.csv: {folder}",)
-    return StageResult("refine", folder, outcomes, notes=notes)
+    return StageResult("refine", folder, outcomes, notes=(f"label maps, pictures and {table.name}: {folder}",))
 
 
 def _refine_one(case_id: str, store: Store, config: RefineConfig, overwrite: bool) -> tuple[str, str]:
     path = store.case_file(case_id, "labels", config.name)
+    if not store.case_file(case_id, "clusters", config.name).exists():
+        raise InputError(f"not clustered yet under the name '{config.name}': run lungseg cluster {store.path}")
     with (
         lock(store.lock_file(case_id, f"labels.{config.name}")),
         store.open(case_id, "volume") as volume,
         store.open(case_id, "clusters", config.name) as clusters,
     ):
+        clusters.require_input("volume.h5", volume.fingerprint)
         inputs = {"volume.h5": volume.fingerprint, f"clusters.{config.name}.h5": clusters.fingerprint}
         wanted = make_provenance("refine", to_dict(config), inputs=inputs)
         if store.is_done(path, "labels", wanted, overwrite=overwrite):
@@ -162,13 +167,15 @@ def source_labels(volume: Artefact, labels: np.ndarray) -> tuple[np.ndarray, np.
     return moved, lungs, volume.read("source/image")
 
 
-def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path) -> tuple[str, str]:
+def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path) -> CaseReturn:
+    """Write one case's label map and picture; gives back its rows of the table."""
     from lungseg.scan.nifti import write_image
 
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", config.name) as artefact:
+        artefact.require_input("volume.h5", volume.fingerprint)
         labels = artefact.read("labels")
         facts = volume.provenance
-        moved, _, _ = source_labels(volume, labels)
+        moved, lungs, image = source_labels(volume, labels)
         full = Geometry.from_dict(facts["source"]["full_grid"])
         whole = np.zeros(full.shape, dtype=np.uint8)
         start = facts["source"]["crop_start"]
@@ -188,22 +195,15 @@ def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path) 
             title=case_id,
         )
         write_bytes(folder / f"{case_id}.png", picture)
-    return DONE, ""
+        return DONE, "", _quantify_case(volume, labels, moved, lungs, image)
 
 
-def _write_quantification(store: Store, config: RefineConfig, case_ids: list[str], folder: Path) -> None:
-    rows: dict[str, list[QuantityRow]] = {}
-    for case_id in case_ids:
-        with store.open(case_id, "volume") as volume, store.open(case_id, "labels", config.name) as artefact:
-            rows[case_id] = _quantify_case(volume, artefact.read("labels"))
-    write_text(folder / "quantification.csv", quantification_csv(rows))
-
-
-def _quantify_case(volume: Artefact, labels: np.ndarray) -> list[QuantityRow]:
+def _quantify_case(
+    volume: Artefact, labels: np.ndarray, moved: np.ndarray, lungs: np.ndarray | None, image: np.ndarray | None
+) -> list[QuantityRow]:
     """Numbers on the source grid; without it densities stay blank and volumes come from the working grid."""
     facts: dict[str, Any] = volume.provenance
     truncated = REGIONS if any(text.startswith("truncated") for text in facts["warnings"]) else ()
-    moved, lungs, image = source_labels(volume, labels)
     if lungs is None:
         grid = Geometry.from_dict(facts["grid"])
         return quantify(labels, volume.read("mask"), None, voxel_ml=grid.voxel_ml, truncated=truncated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from lungseg.config.cluster import ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
 from lungseg.config.extract_radiomics import RadiomicsConfig
-from lungseg.config.fields import read_toml
+from lungseg.config.fields import read_toml, to_dict
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.presets import DEFAULT_PRESET, PRESETS, make_config
 from lungseg.config.refine import RefineConfig
@@ -21,7 +22,7 @@ from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
 from lungseg.stages.cluster import cluster, find_model
-from lungseg.stages.cohort import FAILED, StageResult
+from lungseg.stages.cohort import CaseOutcome, StageResult, output_folder
 from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
 from lungseg.stages.preprocess import preprocess
@@ -62,84 +63,123 @@ def run(
     """
     if (model is None) == (not train):
         raise UsageError(HOW_TO_GET_A_MODEL if model is None else "--model and --train exclude each other")
-    output = Path(output)
-    stages = _Settings(config, Path(model) if model else None)
+    output = output_folder(Path(output))
+    plan = plan_run(config, model=Path(model) if model else None)
     store_path, bundle = output / "store", output / "bundle.safetensors"
     prepared = preprocess(
-        scans,
-        store_path,
-        stages.make(PreprocessConfig, "preprocess", salt=config.salt or None),
-        manifest=manifest,
-        id_map=id_map,
-        execution=execution,
-    )
-    if all(outcome.status == FAILED for outcome in prepared.outcomes):
+        scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, execution=execution
+    )  # fmt: skip
+    if not prepared.complete():
         return prepared
     store = Store(store_path)
-    clustering = stages.make(ClusterConfig, "cluster")
     if train:
-        make_bundle(store, output / "model", bundle, stages, execution=execution)
-        model = bundle
-    fitted = _has_fit(find_model(Path(str(model))))
+        make_bundle(store, output / "model", bundle, plan, execution=execution)
+    source = bundle if model is None else find_model(Path(model))
+    fitted = _has_fit(source)
     if not fitted:
         log.info("run: the model brings no fit; fitting the mixture on these scans")
-    clustered = cluster(
-        store, Path(str(model)), clustering, fit=Path(str(model)) if fitted else None, execution=execution
-    )
-    refined = refine(
-        store,
-        stages.make(RefineConfig, "refine", name=clustering.name),
-        export=output / "results",
-        execution=execution,
-    )
-    tables, values = (), {}
-    if any(store.case_file(case_id, "reference").exists() for case_id in store.case_ids()):
-        scored = evaluate(
-            store, output / "scores", stages.make(EvaluateConfig, "evaluate", name=clustering.name), execution=execution
-        )
-        tables, values = scored.tables, scored.values
-    outcomes = {outcome.case_id: outcome for outcome in prepared.outcomes}
-    for result in (clustered, refined):
+    clustered = cluster(store, source, plan.cluster, fit=source if fitted else None, execution=execution)
+    if not clustered.complete():
+        return _merged(output, (prepared, clustered))
+    refined = refine(store, plan.refine, export=output / "results", execution=execution)
+    if not any(store.case_file(case_id, "reference").exists() for case_id in store.case_ids()):
+        return _merged(output, (prepared, clustered, refined))
+    scored = evaluate(store, output / "scores", plan.evaluate, execution=execution)
+    return _merged(output, (prepared, clustered, refined), scored)
+
+
+def _merged(output: Path, results: Sequence[StageResult], scored: StageResult | None = None) -> StageResult:
+    """One result of all stages: the worst of each case, and the table of the evaluation."""
+    outcomes: dict[str, CaseOutcome] = {}
+    for result in results:
         outcomes.update({o.case_id: _worse(outcomes.get(o.case_id), o) for o in result.outcomes})
-    return StageResult("run", output, tuple(outcomes.values()), tables=tables, notes=refined.notes, values=values)
+    return StageResult(
+        "run",
+        output,
+        tuple(outcomes.values()),
+        tables=scored.tables if scored else (),
+        notes=results[-1].notes,
+        values=scored.values if scored else {},
+    )
 
 
-def _worse(old: Any, new: Any) -> Any:
+def _worse(old: CaseOutcome | None, new: CaseOutcome) -> CaseOutcome:
     """The outcome to tell of one case: a failure if there was one, and the warnings of both."""
-    if old is None or new.status == FAILED:
-        return new
-    if old.status == FAILED:
+    if old is None or new.exit_code:
+        return new if old is None or not old.exit_code else old
+    if old.exit_code:
         return old
     return dataclasses.replace(old, message="; ".join(text for text in (old.message, new.message) if text))
 
 
-class _Settings:
-    """Configurations of the stages: preset, TOML file, and what the model dictates."""
+@dataclass(frozen=True)
+class Plan:
+    """Configurations of all stages, made and checked before any work."""
 
-    def __init__(self, config: RunConfig, model: Path | None) -> None:
-        self._config = config
-        self._dictated: dict[type, dict[str, Any]] = {}
-        self._preset = config.preset
-        if model is not None:
-            student = load_student(find_model(model))
-            self._preset = _preset_of(student.config) if config.preset == DEFAULT_PRESET else config.preset
-            self._dictated[PreprocessConfig] = {
-                "spacing_mm": student.card["spacing_mm"],
-                "patch_size": student.config.patch_size,
-                "patch_stride": tuple(max(1, n // 2) for n in student.config.patch_size),
-            }
-            metadata, _ = read_model_file(find_model(model))
-            if metadata["extra"]:  # tokens must be made as those the mixture was fitted on
-                fit = metadata["extra"]["provenance"]["config"]
-                names = {field.name for field in dataclasses.fields(ClusterConfig)}
-                self._dictated[ClusterConfig] = {key: value for key, value in fit.items() if key in names}
+    preprocess: PreprocessConfig
+    radiomics: RadiomicsConfig
+    train: TrainConfig
+    cluster: ClusterConfig
+    refine: RefineConfig
+    evaluate: EvaluateConfig
 
-    def make(self, cls: type[ConfigT], command: str, **values: Any) -> ConfigT:
-        """Configuration of one stage."""
-        file = Path(self._config.config) if self._config.config else None
-        file_values = read_toml(file, command) if file else {}
-        merged = {**self._dictated.get(cls, {}), **{k: v for k, v in values.items() if v is not None}}
-        return make_config(cls, preset=self._preset, file_values=file_values, **merged)
+
+def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
+    """Settings of every stage: preset, overlaid by the TOML file; what a model dictates cannot be changed.
+
+    Raises
+    ------
+    UsageError
+        For an unknown or impossible setting of any stage, or one that contradicts the model.
+    """
+    preset, dictated = config.preset, _dictated(find_model(model)) if model else {}
+    if model and config.preset == DEFAULT_PRESET:
+        preset = _preset_of(load_student(find_model(model)).config)
+
+    def make(cls: type[ConfigT], command: str, **values: Any) -> ConfigT:
+        file_values = read_toml(Path(config.config), command) if config.config else {}
+        fixed = dictated.get(cls, {})
+        made = make_config(cls, preset=preset, file_values=file_values, **values)
+        for key in {key.replace("-", "_") for key in file_values} & set(fixed):
+            if getattr(made, key) != getattr(make_config(cls, **{key: fixed[key]}), key):
+                raise UsageError(f"[{command}] {key}: the model was made with {fixed[key]} and needs it")
+        return make_config(cls, preset=preset, file_values=file_values, **{**values, **fixed})
+
+    clustering = make(ClusterConfig, "cluster", seed=config.seed)
+    return Plan(
+        make(PreprocessConfig, "preprocess", salt=config.salt or None),
+        make(RadiomicsConfig, "extract-radiomics", seed=config.seed),
+        make(TrainConfig, "train-ddpm", seed=config.seed),
+        clustering,
+        make(RefineConfig, "refine", name=clustering.name),
+        make(EvaluateConfig, "evaluate", name=clustering.name, seed=config.seed),
+    )
+
+
+def plan_dict(config: RunConfig, *, model: Path | None = None) -> dict[str, Any]:
+    """The plan as JSON types, by command: what ``lungseg run --dry-run`` prints."""
+    plan = plan_run(config, model=model)
+    names = {"radiomics": "extract-radiomics", "train": "train-ddpm"}
+    return {names.get(f.name, f.name): to_dict(getattr(plan, f.name)) for f in dataclasses.fields(plan)}
+
+
+def _dictated(model: Path) -> dict[type, dict[str, Any]]:
+    """Settings that follow from a model: its grid, and the tokens its mixture was fitted on."""
+    student = load_student(model)
+    patch = student.config.patch_size
+    result: dict[type, dict[str, Any]] = {
+        PreprocessConfig: {
+            "spacing_mm": student.card["spacing_mm"],
+            "patch_size": patch,
+            "patch_stride": tuple(max(1, n // 2) for n in patch),
+        }
+    }
+    metadata, _ = read_model_file(model)
+    if metadata["extra"]:
+        fitted = metadata["extra"]["provenance"]["config"]
+        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size"}
+        result[ClusterConfig] = {key: value for key, value in fitted.items() if key in names}
+    return result
 
 
 def _preset_of(config: TrainConfig) -> str:
@@ -151,18 +191,13 @@ def _preset_of(config: TrainConfig) -> str:
     return DEFAULT_PRESET
 
 
-def make_bundle(store: Store, run_dir: Path, bundle: Path, stages: _Settings, *, execution: Execution) -> StageResult:
-    """Radiomics, training and fit on the training cases of a store; model and fit go into one file."""
-    extract_radiomics(store, stages.make(RadiomicsConfig, "extract-radiomics"), execution=execution).require_complete()
-    train_ddpm(store, run_dir, stages.make(TrainConfig, "train-ddpm"), execution=execution)
-    return cluster(
-        store, run_dir, stages.make(ClusterConfig, "cluster"), bundle=bundle, fit_only=True, execution=execution
-    )
-
-
-def stage_settings(preset: str) -> _Settings:
-    """Settings of all stages for one preset."""
-    return _Settings(RunConfig(preset=preset), None)
+def make_bundle(store: Store, run_dir: Path, bundle: Path, plan: Plan, *, execution: Execution) -> StageResult:
+    """Radiomics, training and fit on the complete training cases of a store; model and fit go into one file."""
+    described = extract_radiomics(store, plan.radiomics, execution=execution)
+    if not described.complete():
+        described.require_complete()
+    train_ddpm(store, run_dir, plan.train, execution=execution)
+    return cluster(store, run_dir, plan.cluster, bundle=bundle, fit_only=True, execution=execution)
 
 
 def _has_fit(model: Path) -> bool:

@@ -45,7 +45,9 @@ def synthesize(
     spacing = float(student.card["spacing_mm"])
     patch = student.config.patch_size
     shared = {"spacing_mm": spacing, "patch_size": list(patch), "salt": ""}
-    store = Store.create(Path(output), config=shared, salt="synthetic", provenance="synthetic: drawn from a model")
+    replace = execution.overwrite
+    made_by = "synthetic: drawn from a model"
+    store = Store.create(Path(output), config=shared, salt="synthetic", provenance=made_by, overwrite=replace)
     settings = {key: value for key, value in to_dict(config).items() if key not in ("num", "batch_size")}
     outcomes = []
     with progress("synthesize", config.num, execution, unit="patches") as advance, limited_threads(execution.threads):
@@ -53,7 +55,7 @@ def synthesize(
             indices = list(range(start, min(start + config.batch_size, config.num)))
             # the whole batch is drawn even if one patch is missing: a convolution's last bits depend on the batch
             wanted = make_provenance("synthesize", settings, inputs={"model": student.fingerprint}, synthetic=True)
-            missing = [i for i in indices if not store.is_done(_path(store, i), "volume", wanted, overwrite=False)]
+            missing = [i for i in indices if not store.is_done(_path(store, i), "volume", wanted, overwrite=replace)]
             drawn = _draw(student, indices, config, device) if missing else np.zeros((len(indices), *patch), np.int16)
             for i, image in zip(indices, drawn, strict=True):
                 if i in missing:

@@ -81,6 +81,19 @@ class Artefact:
         known = "format_version" in attrs and attrs.get_id("format_version").dtype.kind in "iu"
         return int(attrs["format_version"]) if known else -1
 
+    def require_input(self, name: str, fingerprint: str) -> None:
+        """Refuse this file unless it was made from the input with this fingerprint.
+
+        Raises
+        ------
+        MismatchError
+            Naming both files.
+        """
+        if self.provenance["inputs"].get(name) != fingerprint:
+            raise MismatchError(
+                f"{self.path} was made from another {name} than the one beside it: run its stage again with --overwrite"
+            )
+
     def __contains__(self, name: str) -> bool:
         return name in self._file
 

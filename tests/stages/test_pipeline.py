@@ -339,3 +339,76 @@ def test_lazy_namespace_has_every_stage() -> None:
     assert lungseg.train_ddpm is train_ddpm
     with pytest.raises(AttributeError):
         _ = lungseg.nothing
+
+
+def test_a_fit_of_another_model_or_other_tokens_is_refused(copy: Path, tmp_path: Path) -> None:
+    bundle = copy / "bundle.safetensors"
+    other = dataclasses.replace(TRAIN, seed=TRAIN.seed + 1, total_images=4)
+    train_ddpm(copy / "store", tmp_path / "other", other, execution=QUIET)
+    with pytest.raises(MismatchError, match="another model"):
+        cluster(copy / "store", tmp_path / "other", CLUSTER, fit=bundle, execution=QUIET)
+    with pytest.raises(MismatchError, match="timesteps"):
+        cluster(copy / "store", bundle, dataclasses.replace(CLUSTER, timesteps=(5,)), fit=bundle, execution=QUIET)
+
+
+def test_tokens_of_the_fit_come_from_the_whole_lung_however_few(copy: Path) -> None:
+    with Store(copy / "store").open(CASES[0], "tokens", CLUSTER.name) as sample:
+        z = sample.read("index")[:, 0]
+    assert len(np.unique(z)) > 5
+    first = z[: len(z) // 5]  # what a fit takes that may use only a fifth of the tokens
+    assert set(np.unique(first)) >= set(np.quantile(z, (0.1, 0.5, 0.9)).round().astype(int))
+
+
+def test_results_of_a_replaced_volume_are_not_used(copy: Path, manifest: Path) -> None:
+    """After preprocess --overwrite with another grid, old posteriors and old labels are refused, naming the stage."""
+    config = dataclasses.replace(PREPROCESS, margin_mm=PREPROCESS.margin_mm + 4)
+    preprocess(None, copy / "store", config, manifest=manifest, execution=Execution(quiet=True, overwrite=True))
+    refined = refine(copy / "store", REFINE, execution=QUIET)
+    assert [o.exit_code for o in refined.outcomes] == [4, 4]
+    assert "another volume.h5" in refined.outcomes[0].message
+    with pytest.raises(InputError, match=r"another volume\.h5"):
+        evaluate(copy / "store", copy / "again", EVALUATE, execution=QUIET)
+
+
+def test_a_case_that_was_not_clustered_is_reported(copy: Path, tmp_path: Path) -> None:
+    (copy / "store" / "cases" / CASES[0] / "clusters.diffseglung.h5").unlink()
+    (copy / "store" / "cases" / CASES[0] / "labels.diffseglung.h5").unlink()
+    result = refine(copy / "store", REFINE, export=tmp_path / "out", execution=QUIET)
+    assert result.exit_code == 8
+    assert "not clustered" in result.outcomes[0].message
+    with open(tmp_path / "out" / "quantification.csv", newline="") as stream:
+        assert {row["case"] for row in csv.DictReader(stream)} == {CASES[1]}
+
+
+def test_one_damaged_volume_leaves_the_other_cases_their_numbers(copy: Path, tmp_path: Path) -> None:
+    path = copy / "store" / "cases" / CASES[0] / "volume.h5"
+    path.write_bytes(path.read_bytes()[:5000])
+    result = refine(copy / "store", REFINE, export=tmp_path / "out", execution=QUIET)
+    assert [o.exit_code for o in result.outcomes] == [6, 0]
+    assert (tmp_path / "out" / f"{CASES[1]}.nii.gz").is_file()
+    with open(tmp_path / "out" / "quantification.csv", newline="") as stream:
+        assert {row["case"] for row in csv.DictReader(stream)} == {CASES[1]}
+    scored = evaluate(copy / "store", tmp_path / "scores", EVALUATE, execution=QUIET)
+    assert scored.exit_code == 8
+
+
+def test_shared_files_name_no_case_and_no_stranger(finished: Path, manifest: Path, tmp_path: Path) -> None:
+    for case_id in CASES:
+        assert case_id.encode() not in (finished / "bundle.safetensors").read_bytes()
+        assert case_id.encode() not in (finished / "run" / "model.safetensors").read_bytes()
+    references = tmp_path / "references"
+    shutil.copytree(manifest.parent / "reference", references)
+    shutil.copy(references / f"{CASES[0]}.nii.gz", references / "DOE_JOHN.nii.gz")
+    result = evaluate(finished / "store", tmp_path / "scores", EVALUATE, reference=references, execution=QUIET)
+    assert result.exit_code == 8
+    assert "DOE_JOHN" not in (tmp_path / "scores" / "cases.csv").read_text(encoding="utf-8")
+    assert [o.case_id for o in result.outcomes] == [*CASES, "reference-0001"]
+
+
+def test_an_output_that_is_a_file_is_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        refine(finished / "store", REFINE, export=tmp_path / "file", execution=QUIET)
+    with pytest.raises(InputError, match="is a file"):
+        evaluate(finished / "store", tmp_path / "file" / "deeper", EVALUATE, execution=QUIET)
+    assert (tmp_path / "file").read_text() == "mine"

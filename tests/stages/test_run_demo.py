@@ -146,3 +146,39 @@ def test_execution_rejects_nonsense_before_work(manifest: Path, tmp_path: Path) 
     assert "minimum of 1" in result.output
     assert not (tmp_path / "s").exists()
     assert Execution().take_shard([1, 2]) == [1, 2]
+
+
+def test_settings_of_all_stages_are_checked_before_any_work(finished: Path, manifest: Path, tmp_path: Path) -> None:
+    settings, bundle = tmp_path / "settings.toml", finished / "bundle.safetensors"
+    base = ["run", str(manifest.parent / "phantom-11"), "-o", str(tmp_path / "out"), "--config", str(settings)]
+    for table, model, message in (
+        ("[refine]\nfusoin = 'none'", bundle, "did you mean 'fusion'"),
+        ("[cluster]\ntimesteps = [100]", bundle, "the model was made with"),
+        ("[preprocess]\nspacing-mm = 3.0", bundle, "the model was made with 2.0"),
+    ):
+        settings.write_text(table)
+        result = CliRunner().invoke(app, [*base, "--model", str(model)])
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+        assert not (tmp_path / "out" / "store").exists()
+
+
+def test_dry_run_shows_the_settings_of_every_stage(finished: Path, manifest: Path, tmp_path: Path) -> None:
+    import json
+
+    arguments = [
+        "run",
+        str(manifest.parent),
+        "-o",
+        str(tmp_path / "out"),
+        "--model",
+        str(finished / "bundle.safetensors"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--dry-run", "--seed", "5"])
+    assert result.exit_code == 0, result.output
+    stages = json.loads(result.output)["stages"]
+    assert set(stages) == {"preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate"}
+    assert stages["preprocess"]["spacing_mm"] == 2.0
+    assert stages["cluster"]["components"] == 8
+    assert stages["evaluate"]["seed"] == 5
+    assert not (tmp_path / "out").exists()
