@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lungseg.errors import InputError
 from lungseg.scan.dicom import Series, choose_series, find_series, read_series
-from lungseg.scan.dicom_headers import read_header, walk_files
+from lungseg.scan.dicom_headers import Damaged, SliceHeader, read_header, walk_files
+from lungseg.scan.dicom_series import build_series
 from lungseg.scan.nifti import read_image
 from lungseg.scan.volume import Volume
 
@@ -69,6 +71,8 @@ def voxel_digest(volume: Volume) -> bytes:
 def find_sources(paths: Sequence[Path]) -> list[Source]:
     """Scans under the given folders and files, in a fixed order; a bad one is listed with its problem.
 
+    A study is one case, however many of the paths hold parts of it; files reached by several paths count once.
+
     Parameters
     ----------
     paths : sequence of Path
@@ -81,48 +85,101 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
     """
     if not paths:
         raise InputError("no scans given: name DICOM folders or image files, or give a --manifest")
-    sources: list[Source] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-        sources += _sources_of(path)
-    return sources
+    return _collect(paths)
 
 
-def _sources_of(path: Path) -> list[Source]:
-    if path.is_file():
-        return [Source(path)] if _is_image(path) else _studies(path)
-    try:
-        # names with a leading dot: what macOS and killed runs leave beside images
-        images = [Source(file) for file in walk_files(path) if _is_image(file) and not file.name.startswith(".")]
-    except InputError as error:
-        return [Source(path, problem=str(error))]
-    return images + _studies(path, required=not images)
+def locations(sources: Sequence[Source]) -> list[Path]:
+    """Where each scan lies, absolute: what an id map says. For people only; never to be written to a store.
+
+    An image file itself; the folder of a DICOM series, or its first file if other sources lie in that folder too;
+    what the user gave if there is nothing to read.
+    """
+    folders = [_folder(source.series) if source.series else source.path.resolve() for source in sources]
+    return [
+        min(source.series.files).resolve() if source.series and folders.count(folder) > 1 else folder
+        for source, folder in zip(sources, folders, strict=True)
+    ]
+
+
+def _folder(series: Series) -> Path:
+    return Path(os.path.commonpath([file.absolute().parent for file in series.files])).resolve()
 
 
 def _is_image(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _is_dicom(path: Path) -> bool:
-    return not _is_image(path) and path.stat().st_size > 0 and read_header(path) is not None
+class _Headers:
+    """DICOM headers of several given paths: each file is read once, and it is kept by which paths it was found."""
+
+    def __init__(self) -> None:
+        self.slices: list[SliceHeader] = []
+        self.damaged: list[Damaged] = []
+        self.finders: dict[Path, set[int]] = {}
+        """File of a slice -> numbers of the given paths that lead to it."""
+        self._seen: dict[Path, SliceHeader | Damaged | None] = {}
+
+    def add(self, number: int, files: Iterable[Path]) -> list[SliceHeader | Damaged]:
+        """Read the files of given path ``number``; what they are, without those that are no DICOM images."""
+        found = {file: file.resolve() for file in files}
+        new = {key: read_header(file) for file, key in found.items() if key not in self._seen}  # may raise
+        self._seen.update(new)
+        self.slices += [header for header in new.values() if isinstance(header, SliceHeader)]
+        self.damaged += [header for header in new.values() if isinstance(header, Damaged)]
+        headers = [header for header in (self._seen[key] for key in found.values()) if header is not None]
+        for header in headers:
+            self.finders.setdefault(header.path, set()).add(number)
+        return headers
 
 
-def _studies(path: Path, *, required: bool = True) -> list[Source]:
-    """One source per study below ``path``; that there is no DICOM at all is a problem only if it is ``required``."""
-    if not required and not any(_is_dicom(file) for file in walk_files(path)):
-        return []
-    try:
-        scan = find_series(path)
-    except InputError as error:
-        return [Source(path, problem=str(error))]
+def _collect(paths: Sequence[Path]) -> list[Source]:
+    """Image files, problems and studies of each path in turn; a study comes with the first path that leads to it."""
+    headers = _Headers()
+    result: list[list[Source]] = [[] for _ in paths]
+    for number, path in enumerate(paths):
+        try:
+            files = list(walk_files(path))
+            # names with a leading dot: what macOS and killed runs leave beside images
+            images = [file for file in files if _is_image(file) and (path.is_file() or not file.name.startswith("."))]
+            result[number] += [Source(file) for file in images]
+            found = headers.add(number, (file for file in files if not _is_image(file)))
+            broken = any(isinstance(header, Damaged) and header.path.stat().st_size > 0 for header in found)
+            if not any(isinstance(header, SliceHeader) for header in found) and (broken or not images):
+                find_series(path)  # raises, saying what was looked at
+        except InputError as error:
+            result[number].append(Source(path, problem=str(error)))
     studies: dict[tuple[str, str], list[Series]] = {}
-    for series in scan.series:
+    for series in build_series(headers.slices, headers.damaged):
         studies.setdefault((series.patient_id, series.study_uid), []).append(series)
-    return [_choose(path, group) for _, group in sorted(studies.items())]
+    for _, group in sorted(studies.items()):
+        first = min(min(headers.finders[file]) for series in group for file in series.files)
+        result[first].append(_choose(paths[first], group, _copies(group, headers.finders)))
+    return [source for sources in result for source in sources]
 
 
-def _choose(path: Path, group: Sequence[Series]) -> Source:
+def _copies(group: Sequence[Series], finders: dict[Path, set[int]]) -> str:
+    """Why series of a study cannot be told apart: one of them in two places given separately. '' if there is none."""
+    by_uid: dict[object, list[Path]] = {}
+    for number, series in enumerate(group):
+        by_uid.setdefault(series.series_uid or number, []).extend(series.files)
+    for files in by_uid.values():
+        here = files[0].parent
+        elsewhere = [file.parent for file in files if not finders[file] & finders[files[0]] and file.parent != here]
+        # a path that leads to all of them: it was given as one scan. One folder: its files were given one by one
+        if elsewhere and not set.intersection(*(finders[file] for file in files)):
+            return (
+                f"the same series lies in {here} and, with other files, in {elsewhere[0]}: give one of the two, or, if "
+                "they are parts of one scan, the folder above both"
+            )
+    return ""
+
+
+def _choose(path: Path, group: Sequence[Series], problem: str = "") -> Source:
+    if problem:
+        return Source(path, problem=problem, patient_id=group[0].patient_id)
     try:
         choice = choose_series(group)
     except InputError as error:
@@ -205,7 +262,7 @@ def _listed(path: Path, series_uid: str, where: str) -> Source:
         if not found:
             return Source(path, problem=f"{where}: {path} holds no series {series_uid}")
         return _choose(path, found)
-    sources = _sources_of(path)
+    sources = _collect([path])
     if len(sources) > 1:
         return Source(path, problem=f"{where}: {path} holds {len(sources)} scans; name one file, folder or series")
     return sources[0]

@@ -114,6 +114,7 @@ def cluster(
     device = resolve_device(execution.device)
     model_path = find_model(Path(model))
     student = load_student(model_path)
+    store.check_uniform(case_ids)
     _check_model(store, student, config)
     outcomes: tuple[CaseOutcome, ...] = ()
     if fit is not None:

@@ -17,10 +17,18 @@ from lungseg.errors import InputError
 from lungseg.scan.lungs import find_lungs
 from lungseg.scan.nifti import read_image
 from lungseg.scan.resample import resample_to_spacing
-from lungseg.scan.sources import Source, find_sources, read_manifest, voxel_digest
+from lungseg.scan.sources import Source, find_sources, locations, read_manifest, voxel_digest
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.stages.cohort import DONE, SKIPPED, CaseReturn, StageResult, run_cases
-from lungseg.store.cases import Store, check_name, hashed_id, write_id_map
+from lungseg.store.cases import (
+    Store,
+    check_id_map_place,
+    check_name,
+    check_store_place,
+    hashed_id,
+    read_id_map,
+    write_id_map,
+)
 from lungseg.store.locks import lock
 from lungseg.store.patches import patch_table
 from lungseg.store.schema import make_provenance, write_artefact
@@ -47,9 +55,12 @@ def preprocess(
         The store. Complete cases are kept; run the same call again after an interruption.
     config : PreprocessConfig
     manifest : Path, optional
-        CSV, see :func:`lungseg.scan.sources.read_manifest`.
+        CSV, see :func:`lungseg.scan.sources.read_manifest`. Its split, patient id, inspiration and reference belong
+        to a case like the scan does: other values are refused, and replaced with ``execution.overwrite``. A reference
+        named later is added; one that is no longer named is kept.
     id_map : Path, optional
-        CSV of case id, patient id and source, mode 0600, outside the store.
+        CSV of case id, patient id and where the scan lies (see :func:`lungseg.scan.sources.locations`), mode 0600,
+        outside the store.
 
     Returns
     -------
@@ -59,14 +70,19 @@ def preprocess(
     Raises
     ------
     InputError
-        If there is nothing to read or ``output`` is unusable.
+        If there is nothing to read, or ``output`` or ``id_map`` is unusable: before anything is written.
     MismatchError
         If the store was made with other settings.
     """
     output = Path(output)
     given = [Path(scans)] if isinstance(scans, (str, Path)) else [Path(path) for path in scans or ()]
+    check_store_place(output)
     _refuse_output_inside(output, given)
+    if id_map:
+        check_id_map_place(Path(id_map), output)
+        read_id_map(Path(id_map))  # refuses another kind of file before hours of work
     sources = read_manifest(Path(manifest), given) if manifest else find_sources(given)
+    _refuse_output_inside(output, [source.path for source in sources])
     store = Store.create(
         output, config=to_dict(config), salt=config.salt, provenance="CT scans", overwrite=execution.overwrite
     )
@@ -76,13 +92,15 @@ def preprocess(
         for other in source.others:
             log.info("preprocess: %s: %s", source.case_id, other)
     names = [source.case_id or f"scan-{i:04d}" for i, source in enumerate(sources)]
-    _refuse_repeated(sources)
+    places = locations(sources)
+    _refuse_repeated(sources, places)
     outcomes = run_cases(
         _preprocess_one, sources, store, config, execution, names=names, title="preprocess", execution=execution
     )
     if id_map:
-        done = [o.value for o in outcomes if o.value]
-        write_id_map(Path(id_map), output, [(s.case_id, s.patient_id, str(s.path.resolve())) for s in done])
+        place_of = dict(zip(names, places, strict=True))
+        rows = [(o.value.case_id, o.value.patient_id, str(place_of[o.case_id])) for o in outcomes if o.value]
+        write_id_map(Path(id_map), output, rows)
     # the id of an image file is known only once it has been read
     outcomes = tuple(replace(o, case_id=o.value.case_id, value=None) if o.value else o for o in outcomes)
     return StageResult("preprocess", output, outcomes, notes=(f"patch store: {output}",))
@@ -90,7 +108,7 @@ def preprocess(
 
 def _refuse_output_inside(output: Path, scans: Sequence[Path]) -> None:
     for path in scans:
-        if path.is_dir() and (output.resolve() == path.resolve() or path.resolve() in output.resolve().parents):
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
             raise InputError(f"output {output} lies inside the input folder {path}; put it elsewhere")
 
 
@@ -101,8 +119,8 @@ def _with_ids(source: Source, salt: str, sources: Sequence[Source]) -> Source:
     case_id = source.case_id or (hashed_id(salt, source.series.series_uid) if source.series else "")
     if source.given_patient_id:
         return replace(source, case_id=case_id, patient_id=check_name(source.given_patient_id))
-    studies = [s for s in sources if s.series is not None]
-    alike = len(studies) > 1 and len({s.patient_id for s in studies}) == 1
+    studies = {(s.patient_id, s.series.study_uid) for s in sources if s.series is not None}
+    alike = len(studies) > 1 and len({patient_id for patient_id, _ in studies}) == 1
     if source.series is None or not source.patient_id or alike:
         if source.series is not None:
             log.warning("preprocess: %s: no PatientID that tells patients apart; it counts as its own patient", case_id)
@@ -110,11 +128,11 @@ def _with_ids(source: Source, salt: str, sources: Sequence[Source]) -> Source:
     return replace(source, case_id=case_id, patient_id=hashed_id(salt, "patient " + source.patient_id))
 
 
-def _refuse_repeated(sources: Sequence[Source]) -> None:
+def _refuse_repeated(sources: Sequence[Source], places: Sequence[Path]) -> None:
     names = [source.case_id for source in sources if source.case_id]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        paths = "; ".join(str(s.path) for s in sources if s.case_id in repeated)
+        paths = "; ".join(str(place) for s, place in zip(sources, places, strict=True) if s.case_id in repeated)
         raise InputError(f"the same series was given more than once: {paths}")
 
 
@@ -129,22 +147,21 @@ def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, exec
         case_id = case_id or hashed_id(store.salt, digest)
     source = replace(source, case_id=case_id, patient_id=source.patient_id or case_id)
     settings = {name: value for name, value in to_dict(config).items() if name != "salt"}
-    wanted = make_provenance("preprocess", settings, inputs={"scan": hashed_id(store.salt, key)})
+    facts = {"split": source.split, "patient_id": source.patient_id, "inspiration": source.inspiration}
+    # among the settings they are compared with what is there; other stages read them at the top
+    inputs = {"scan": hashed_id(store.salt, key)}
+    wanted = make_provenance("preprocess", {**settings, **facts}, inputs=inputs, case_id=case_id, **facts)
     path = store.case_file(case_id, "volume")
     with lock(store.lock_file(case_id, "preprocess")):
-        if store.is_done(path, "volume", wanted, overwrite=execution.overwrite):
-            return SKIPPED, "", source
-        if volume is None:
+        done = store.is_done(path, "volume", wanted, overwrite=execution.overwrite)
+        reference = _new_reference(store, case_id, source.reference, overwrite=execution.overwrite)
+        if not done and volume is None:
             volume = source.read(assume_hu=config.assume_hu)
-        if source.reference is not None:
-            _write_reference(store, case_id, source.reference)
-        facts = {
-            "case_id": case_id,
-            "patient_id": source.patient_id,
-            "split": source.split,
-            "inspiration": source.inspiration,
-        }
-        warnings = _write_volume(path, volume, config, {**wanted, **facts})
+        if reference is not None:
+            _write_reference(store, case_id, *reference)
+        if done or volume is None:
+            return (SKIPPED, "", source) if reference is None else (DONE, "only the reference was written", source)
+        warnings = _write_volume(path, volume, config, wanted)
     return DONE, "; ".join(warnings), source
 
 
@@ -221,17 +238,35 @@ def _lung_box(labels: np.ndarray, geometry: Geometry, margin_mm: float) -> tuple
     return start, stop
 
 
-def _write_reference(store: Store, case_id: str, reference: Path) -> None:
-    """Keep the expert annotation beside the case, on its own grid; unsupervised stages never open it."""
-    labels = read_image(reference, integer=True)
-    if labels.array.max(initial=0) > 255:
+def _new_reference(
+    store: Store, case_id: str, reference: Path | None, *, overwrite: bool
+) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Labels and provenance of a reference that has to be written; None if there is none, or the same is there.
+
+    Raises
+    ------
+    MismatchError
+        If the case has another reference and ``overwrite`` is off.
+    """
+    if reference is None:
+        return None
+    volume = read_image(reference, integer=True)
+    if volume.array.max(initial=0) > 255:
         raise InputError(f"{reference}: labels above 255")
+    volume = replace(volume, array=np.ascontiguousarray(volume.array, dtype=np.uint8))
     provenance = make_provenance(
         "preprocess",
         {},
-        grid=labels.geometry.to_dict(),
-        stored_axes=list(labels.stored_axes),
-        stored_flips=list(labels.stored_flips),
+        inputs={"labels": hashed_id(store.salt, voxel_digest(volume))},
+        grid=volume.geometry.to_dict(),
+        stored_axes=list(volume.stored_axes),
+        stored_flips=list(volume.stored_flips),
     )
-    datasets = {"labels": labels.array.astype(np.uint8)}
-    write_artefact(store.case_file(case_id, "reference"), "reference", datasets, provenance=provenance)
+    path = store.case_file(case_id, "reference")
+    done = store.is_done(path, "reference", provenance, overwrite=overwrite)
+    return None if done else (volume.array, provenance)
+
+
+def _write_reference(store: Store, case_id: str, labels: np.ndarray, provenance: dict[str, Any]) -> None:
+    """Keep the expert annotation beside the case, on its own grid; unsupervised stages never open it."""
+    write_artefact(store.case_file(case_id, "reference"), "reference", {"labels": labels}, provenance=provenance)

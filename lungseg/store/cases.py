@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,10 @@ from lungseg.store.schema import FORMAT, FORMAT_VERSION, check_current
 MAX_NAME = 64
 SHORT_WAIT_S = 30.0
 """Seconds to wait for another process at the same store.json or id map, which takes milliseconds."""
+GRID_SETTINGS = ("spacing_mm", "patch_size", "patch_stride")
+"""Settings of preprocess that all cases used together must share: network and features count in voxels."""
+MAX_LISTED = 10
+"""Cases named in a message before it says how many more there are."""
 ID_MAP_COLUMNS = ("case_id", "patient_id", "source")
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
@@ -44,6 +47,25 @@ def hashed_id(salt: str, value: str | bytes) -> str:
     """Twelve hexadecimal digits of HMAC-SHA-256: the de-identified form of a UID or a voxel digest."""
     data = value.encode() if isinstance(value, str) else value
     return hmac.new(salt.encode(), data, hashlib.sha256).hexdigest()[:12]
+
+
+def check_store_place(path: Path) -> None:
+    """Refuse a place where no store can be made or opened; writes nothing.
+
+    Raises
+    ------
+    InputError
+        If ``path`` or a folder above it is a file, or ``path`` is a folder with other things in it.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give the output folder another name")
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"{path} cannot be made: {parent} is a file; give another output folder")
+    if path.is_dir() and not (path / "store.json").exists():
+        strangers = [child.name for child in path.iterdir() if not child.name.startswith("store.json")]
+        if strangers:
+            raise InputError(f"{path} exists and is not a patch store; give an empty or new folder")
 
 
 class Store:
@@ -86,16 +108,11 @@ class Store:
         Raises
         ------
         InputError
-            If ``path`` is a file, or a folder with other things in it.
+            If ``path`` is no place for a store, see :func:`check_store_place`.
         MismatchError
             If the store was made with another configuration.
         """
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; give the output folder another name")
-        if path.is_dir() and not (path / "store.json").exists():
-            strangers = [child.name for child in path.iterdir() if not child.name.startswith("store.json")]
-            if strangers:
-                raise InputError(f"{path} exists and is not a patch store; give an empty or new folder")
+        check_store_place(path)
         with lock(path / "store.json.lock", wait_s=SHORT_WAIT_S):  # shards of one array job start together
             if (path / "store.json").exists():
                 store = cls(path)
@@ -138,6 +155,42 @@ class Store:
         if not ids:
             raise InputError(f"store {self.path} holds no complete case; run: lungseg preprocess SCANS -o {self.path}")
         return ids
+
+    def check_uniform(self, case_ids: Iterable[str] | None = None) -> None:
+        """Refuse cases of another grid or patch table than the store's present settings.
+
+        ``create`` with ``overwrite`` changes the settings of the store, while cases not given then keep theirs.
+        Only headers are read. Settings that the store or a case does not state (synthetic stores) are not compared.
+
+        Parameters
+        ----------
+        case_ids : iterable of str, optional
+            Cases to be used together; all by default. None at all is no error.
+
+        Raises
+        ------
+        MismatchError
+            Listing the cases whose ``GRID_SETTINGS`` differ, with the values of both sides.
+        StoreError
+            If a volume is missing or damaged.
+        """
+        present = {key: self.header["config"][key] for key in GRID_SETTINGS if key in self.header["config"]}
+        wrong = []
+        for case_id in self.case_ids() if case_ids is None else case_ids:
+            with self.open(case_id, "volume") as volume:
+                config = volume.provenance.get("config", {})
+            # both were read from JSON: lists and numbers compare as they are
+            differing = [f"{key} {config[key]}" for key in present if key in config and config[key] != present[key]]
+            if differing:
+                wrong.append(f"{case_id} ({', '.join(differing)})")
+        if wrong:
+            more = f" and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
+            settings = ", ".join(f"{key} {value}" for key, value in present.items())
+            raise MismatchError(
+                f"{self.path}: {len(wrong)} cases were made with other settings than the store's ({settings}): "
+                f"{', '.join(wrong[:MAX_LISTED])}{more}. Run lungseg preprocess --overwrite for these scans too, or "
+                "keep them in a store of their own"
+            )
 
     def case_file(self, case_id: str, kind: str, name: str = "") -> Path:
         """Path of a case's artefact: ``cases/<id>/<kind>[.<name>].h5``."""
@@ -182,6 +235,18 @@ class Store:
         return sorted(path for path in self.path.rglob(f"*{PARTIAL}") if not path.is_symlink())
 
 
+def check_id_map_place(path: Path, store: Path) -> None:
+    """Refuse an id map inside the store, which it would identify; nothing has to exist yet.
+
+    Raises
+    ------
+    InputError
+        If ``path`` lies inside ``store``, links followed.
+    """
+    if path.resolve().is_relative_to(store.resolve()):
+        raise InputError(f"--id-map {path} lies inside the store; put it elsewhere, it identifies patients")
+
+
 def write_id_map(path: Path, store: Path, rows: list[tuple[str, str, str]]) -> None:
     """Write which source became which case: CSV of case_id, patient_id, source; mode 0600; outside the store.
 
@@ -197,8 +262,7 @@ def write_id_map(path: Path, store: Path, rows: list[tuple[str, str, str]]) -> N
 
     from lungseg.store.atomic import write_text
 
-    if os.path.commonpath([path.resolve(), store.resolve()]) == str(store.resolve()):
-        raise InputError(f"--id-map {path} lies inside the store; put it elsewhere, it identifies patients")
+    check_id_map_place(path, store)
     with lock(path.with_name(path.name + ".lock"), wait_s=SHORT_WAIT_S):  # shards of one array job add their rows
         merged = {row["case_id"]: tuple(row[key] for key in ID_MAP_COLUMNS) for row in read_id_map(path)}
         merged.update({row[0]: row for row in rows})

@@ -12,7 +12,7 @@ import pytest
 from lungseg.errors import InputError
 from lungseg.scan.dicom import write_dicom_series
 from lungseg.scan.nifti import write_image
-from lungseg.scan.sources import Source, find_sources, read_manifest, voxel_digest
+from lungseg.scan.sources import Source, find_sources, locations, read_manifest, voxel_digest
 from lungseg.scan.volume import Geometry, Volume
 
 GRID = Geometry((9, 10, 11), (2.5, 2.2, 2.0), (-310.0, 12.5, -40.25))
@@ -344,3 +344,89 @@ def test_short_rows_leave_the_rest_empty(tmp_path: Path) -> None:
     nifti(tmp_path / "a.nii.gz")
     (source,) = read_manifest(manifest(tmp_path, "path,case_id,split\na.nii.gz\n"))
     assert (source.case_id, source.split) == ("", "")
+
+
+def test_one_study_given_as_several_paths_is_one_case(tmp_path: Path) -> None:
+    """`preprocess study/*`: the series are collected first, then one is chosen."""
+    sharp = dicom(tmp_path / "study" / "a-sharp", study="x", series="1", kernel="B70f")
+    soft = dicom(tmp_path / "study" / "b-soft", study="x", series="2", kernel="B30f")
+    other = dicom(tmp_path / "other", patient="q", study="y", series="3")
+    image = nifti(tmp_path / "scan.nii.gz")
+    sources = find_sources([image, sharp, other, soft])
+    assert [source.path for source in sources] == [image, sharp, other]  # in the order given
+    study = sources[1]
+    assert study.series is not None
+    assert {file.parent for file in study.series.files} == {soft}
+    (reason,) = study.others
+    assert "sharper kernel" in reason
+    assert find_sources([tmp_path / "study"])[0].series == study.series
+
+
+def test_files_reached_by_several_paths_count_once(tmp_path: Path) -> None:
+    root = dicom(tmp_path / "scans" / "one").parent
+    dicom(root / "two", patient="q", series="2")
+    (tmp_path / "link").symlink_to(root / "one")
+    expected = find_sources([root])
+    file = min((root / "one").iterdir())
+    for more in ([root / "one"], [root], [tmp_path / "link"], [file], [root / "two", file, root / "one"]):
+        sources = find_sources([root, *more])
+        assert [source.series for source in sources] == [source.series for source in expected]
+        assert not any(source.problem for source in sources)
+        (turned, *_) = find_sources([*more, root])
+        assert not turned.problem
+
+
+def test_slices_given_one_by_one_form_their_series(tmp_path: Path) -> None:
+    """`preprocess series/*`."""
+    folder = dicom(tmp_path / "scan")
+    (source,) = find_sources(sorted(folder.iterdir()))
+    assert source.problem == ""
+    assert source.series == find_sources([folder])[0].series
+    np.testing.assert_array_equal(source.read().array, volume().array)
+    files = sorted(folder.iterdir())
+    files[-1].write_bytes(files[-1].read_bytes()[:300])
+    series, damaged = find_sources(files)
+    assert f"{files[-1].name} in the same folder is" in series.problem
+    assert damaged.path == files[-1]
+    assert "no readable DICOM image" in damaged.problem
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_series_in_two_places_is_an_error_of_its_case(tmp_path: Path, seed: int) -> None:
+    one, two = dicom(tmp_path / "one"), dicom(tmp_path / "two", seed=seed)
+    good = dicom(tmp_path / "good", patient="q", series="q")
+    bad, fine = find_sources([one, two, good])
+    assert f"lies in {one} and, with other files, in {two}" in bad.problem
+    assert bad.patient_id == "p"
+    assert bad.series is None
+    assert fine.problem == ""
+    with pytest.raises(InputError, match="give one of the two"):
+        bad.read()
+
+
+def test_parts_of_a_series_in_two_folders_need_the_folder_above(tmp_path: Path) -> None:
+    folder = dicom(tmp_path / "scan" / "a")
+    (tmp_path / "scan" / "b").mkdir()
+    for file in sorted(folder.iterdir())[5:]:
+        file.rename(tmp_path / "scan" / "b" / file.name)
+    (source,) = find_sources([tmp_path / "scan" / "a", tmp_path / "scan" / "b"])
+    assert "the folder above both" in source.problem
+    (source,) = find_sources([tmp_path / "scan"])
+    np.testing.assert_array_equal(source.read().array, volume().array)
+    assert locations([source]) == [(tmp_path / "scan").resolve()]
+
+
+def test_locations_differ(tmp_path: Path) -> None:
+    """A series' folder, whatever was typed; the first file where cases share a folder; an image file itself."""
+    alone = dicom(tmp_path / "all" / "alone" / "ct", patient="a", series="a")
+    for name in ("b", "c"):
+        for file in sorted(dicom(tmp_path / name, patient=name, series=name).iterdir()):
+            (tmp_path / "all" / "mixed").mkdir(exist_ok=True)
+            file.rename(tmp_path / "all" / "mixed" / f"{name}-{file.name}")
+    image = nifti(tmp_path / "all" / "scan.nii.gz")
+    (tmp_path / "empty").mkdir()
+    sources = find_sources([tmp_path / "all", tmp_path / "empty"])
+    mixed = sorted((tmp_path / "all" / "mixed").iterdir())
+    half = len(mixed) // 2
+    assert set(locations(sources)) == {alone, mixed[0], mixed[half], image, tmp_path / "empty"}
+    assert mixed[half].name.startswith("c-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tiny_store import SETTINGS, add_case, make_store, volume_provenance
 
 from lungseg.errors import InputError, MismatchError, StoreError
-from lungseg.store.cases import Store, check_name, hashed_id, read_id_map, write_id_map
+from lungseg.store.cases import Store, check_id_map_place, check_name, hashed_id, read_id_map, write_id_map
 from lungseg.store.reader import Artefact
 
 GOOD_NAMES = ["a", "A-1", "case_7", "1.2.840.113", "-leading", "x" * 64, "comet", "con_", "a.b"]
@@ -278,3 +279,52 @@ def test_store_json_holds_no_path(tmp_path: Path) -> None:
     assert "Doe" not in json.dumps(store.header)
     assert "Doe" not in json.dumps(volume_provenance("c", {"image": np.zeros((1, 1, 1)), "mask": np.zeros((1, 1, 1))}))
     assert b"Doe" not in add_case(store, "x").read_bytes()
+
+
+def test_row_62_output_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    for place in ("thesis.tex/cohort", "thesis.tex/deep/cohort"):
+        with pytest.raises(InputError, match=r"thesis.tex is a file"):
+            create(tmp_path / place)
+
+
+def test_id_map_beside_a_store_of_the_same_beginning(tmp_path: Path) -> None:
+    check_id_map_place(tmp_path / "cohort-ids.csv", tmp_path / "cohort")
+    with pytest.raises(InputError, match="lies inside the store"):
+        check_id_map_place(tmp_path / "cohort" / "ids.csv", tmp_path / "cohort")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("spacing_mm", 0.6), ("patch_size", [8, 16, 16]), ("patch_stride", [4, 8, 8])]
+)
+def test_cases_of_other_settings_than_the_stores_are_listed(tmp_path: Path, key: str, value: Any) -> None:
+    store = make_store(tmp_path / "cohort", cases=2)
+    store.check_uniform()
+    other = create(store.path, config={**SETTINGS, key: value}, overwrite=True)
+    other.check_uniform([])
+    with pytest.raises(MismatchError, match="2 cases were made with other settings") as caught:
+        other.check_uniform()
+    for case_id in store.case_ids():
+        assert f"{case_id} ({key} {SETTINGS[key]})" in str(caught.value)
+    with pytest.raises(MismatchError, match="1 cases") as caught:
+        other.check_uniform(["case-1"])
+    assert "case-0" not in str(caught.value)
+    assert caught.value.exit_code == 4
+    create(store.path, config={**SETTINGS, "min_lung_fraction": 0.1}, overwrite=True).check_uniform()
+
+
+def test_stores_that_state_no_spacing_are_uniform(tmp_path: Path) -> None:
+    """Synthetic ones: their settings are those of the sampler."""
+    store = create(tmp_path, config={"steps": 20, "seed": 0})
+    add_case(store, "case-0")
+    store.check_uniform()
+
+
+def test_long_lists_of_other_cases_are_cut(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "cohort", cases=1)
+    for number in range(1, 12):
+        (store.path / "cases" / f"case-{number:02d}").mkdir()
+        shutil.copy(store.case_file("case-0", "volume"), store.case_file(f"case-{number:02d}", "volume"))
+    other = create(store.path, config={**SETTINGS, "spacing_mm": 0.6}, overwrite=True)
+    with pytest.raises(MismatchError, match=r"12 cases .* and 2 more\."):
+        other.check_uniform()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,39 @@ def test_mask_fractions_equal_brute_force(mask: np.ndarray, size: tuple[int, ...
     for (z, y, x), fraction in zip(corners, fractions, strict=True):
         inside = mask[z : z + size[0], y : y + size[1], x : x + size[2]] > 0
         assert fraction == np.float32(inside.sum() / np.prod(size))
+
+
+def test_mask_fractions_need_one_table_of_four_bytes_a_voxel() -> None:
+    mask = np.ones((80, 90, 100), np.uint8)
+    corners = grid_corners(mask.shape, (16, 16, 16), (16, 16, 16))
+    tracemalloc.start()
+    try:
+        fractions = mask_fractions(mask, corners, (16, 16, 16))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.all(fractions == 1)
+    assert peak < 5 * mask.size
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_mask_fractions_of_volumes_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, dtype: type) -> None:
+    """From 2^31 voxels on the table has 64 bits; one voxel less still fits 32."""
+    mask = (np.random.default_rng(0).random((12, 13, 14)) < 0.5).astype(dtype)
+    corners, size = grid_corners(mask.shape, (5, 6, 7), (2, 3, 4)), (5, 6, 7)
+    made: list[np.dtype] = []
+    zeros = np.zeros
+
+    def watched(shape: object, dtype: type) -> np.ndarray:
+        made.append(np.dtype(dtype))
+        return zeros(shape, dtype)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(np, "zeros", watched)
+    expected = mask_fractions(mask, corners, size)
+    assert made[0] == np.int32
+    monkeypatch.setattr("lungseg.store.patches.INT32_VOXELS", mask.size)
+    np.testing.assert_array_equal(mask_fractions(mask, corners, size), expected)
+    assert made[2] == np.int64
 
 
 @given(mask=MASKS, size=TRIPLES, stride=TRIPLES, least=st.floats(0, 1))
