@@ -66,7 +66,9 @@ class TrainConfig:
     low_noise_share: float = option(
         0.5, "Share of the images shown at these levels; the others at any level.", minimum=0.0, maximum=1.0
     )
-    regression_weight: float = option(1.0, "Weight of the radiomics regression head, same warm-up.", minimum=0)
+    regression_weight: float = option(
+        1.0, "Weight of the radiomics regression head, same warm-up as the contrast.", minimum=0
+    )
     tokens_per_patch: int = option(8, "Tokens taught per patch and step.", minimum=1, maximum=4096)
     teacher_window: int = option(
         8, "Edge of the teacher's window around a token.", unit="voxels", minimum=4, maximum=64
@@ -76,7 +78,9 @@ class TrainConfig:
     checkpoint_images: int = option(8_000, "Images between checkpoints.", minimum=1)
     log_images: int = option(1_600, "Images between lines of stats.jsonl.", minimum=1)
     workers: int = option(0, "Loader processes per device.", minimum=0, maximum=64)
-    cache_gib: float = option(8.0, "Memory for volumes kept in each loader process.", unit="GiB", minimum=0)
+    cache_gib: float = option(
+        8.0, "Memory for volumes kept by all loader processes of a machine together.", unit="GiB", minimum=0
+    )
     seed: int = option(0, "Seed of weights, order, noise and augmentation.", minimum=0, maximum=MAX_SEED)
 
     @property

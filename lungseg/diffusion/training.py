@@ -116,8 +116,8 @@ class DistilledDiffusion(nn.Module):
         self.head = StudentHead(spec.token_channels, config.embedding, num_features, config.head_norm)
         self.teacher = TeacherHead(num_features, config.embedding, config.head_norm)
 
-    def forward(self, batch: Mapping[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor]:
-        """Losses of a batch; ``weight`` is the present weight of the distillation."""
+    def forward(self, batch: Mapping[str, torch.Tensor], ramp: float) -> dict[str, torch.Tensor]:
+        """Losses of a batch; ``ramp`` in 0..1 is how far the distillation is on, a factor of both its weights."""
         config = self.config
         inner = tuple(slice(self.halo, self.halo + n) for n in config.patch_size)
         hu = batch["volume_hu"][:, *inner]
@@ -130,11 +130,11 @@ class DistilledDiffusion(nn.Module):
         per_image = distance(output[:, 0].float(), target, reduction="none").flatten(1).mean(1)
         noisy = batch["t"] > 0
         result = {"diffusion": (per_image * noisy).sum() / noisy.sum().clamp(min=1)}
-        if weight > 0 and config.distill != "none":
+        taught = config.distill != "none" and max(config.distill_weight, config.regression_weight) > 0
+        if ramp > 0 and taught:
             result.update(self._distill(batch, bottleneck))
-            extra = config.distill_weight and weight / config.distill_weight
-            total = result["diffusion"] + weight * result["contrast"]
-            result["total"] = total + extra * config.regression_weight * result["regression"]
+            total = result["diffusion"] + ramp * config.distill_weight * result["contrast"]
+            result["total"] = total + ramp * config.regression_weight * result["regression"]
         else:
             # every parameter takes part in every step: distributed reduction waits for all gradients
             idle = sum(
@@ -271,15 +271,16 @@ class Trainer:
             raise UsageError("--precision bf16 gives wrong gradients on a CPU: use --precision fp32")
 
     @property
+    def distill_ramp(self) -> float:
+        """How far the distillation is on for the next step, 0 to 1."""
+        config = self.config
+        progress = self.images / config.total_images
+        return warmup_weight(progress, start=config.distill_start, full=config.distill_full, weight=1.0)
+
+    @property
     def distill_weight(self) -> float:
         """Weight of the contrast for the next step."""
-        config = self.config
-        return warmup_weight(
-            self.images / config.total_images,
-            start=config.distill_start,
-            full=config.distill_full,
-            weight=config.distill_weight,
-        )
+        return self.distill_ramp * self.config.distill_weight
 
     def step(self, batch: Mapping[str, torch.Tensor], *, num_images: int) -> StepResult:
         """Train on this rank's part of a batch of ``num_images`` over all ranks.
@@ -290,7 +291,7 @@ class Trainer:
             When losses or gradients have not been finite for many steps in a row.
         """
         config = self.config
-        weight = self.distill_weight
+        ramp, weight = self.distill_ramp, self.distill_weight
         rate = _rate(self.images / config.total_images, config.warmup_share)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * group["scale"] * rate
@@ -298,7 +299,7 @@ class Trainer:
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = self.parallel(on_device, weight)
+            losses = self.parallel(on_device, ramp)
         losses["total"].backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         # Gradients are averaged over ranks, so their norm is the same on all of them: all skip, or none does.

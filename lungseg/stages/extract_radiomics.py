@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,17 +15,19 @@ import torch
 from lungseg.config.execution import Execution, resolve_device
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.fields import to_dict
-from lungseg.errors import InputError
+from lungseg.errors import InputError, MismatchError, StoreError
 from lungseg.radiomics.descriptor import DESCRIPTOR_VERSION, Standardisation, compute_descriptors, feature_names
 from lungseg.radiomics.glcm import Aggregation
 from lungseg.radiomics.pyradiomics import compute_descriptors_pyradiomics
 from lungseg.scan.volume import AIR_HU
-from lungseg.stages.cohort import DONE, SKIPPED, StageResult, limited_threads, run_cases
+from lungseg.stages.cohort import DONE, FAILED, SKIPPED, StageResult, limited_threads, run_cases
 from lungseg.store.atomic import read_json, write_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.patches import grid_corners, mask_fractions, read_box
 from lungseg.store.schema import check_current, make_provenance, write_artefact
+
+log = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 * 2**20
 """int16 windows gathered at once."""
@@ -37,7 +41,8 @@ def extract_radiomics(
     """Write ``radiomics.h5`` for each case and ``standardisation.json`` for the store.
 
     The standardisation (median and interquartile range of each feature, per window size) is taken over the cases
-    whose split is ``train`` or not stated, equally many windows a case, and is what ``train-ddpm`` needs.
+    whose split is ``train`` or not stated, equally many windows a case, and is what ``train-ddpm`` needs. Cases that
+    failed are left out of it and named in a note; when the same command completes them later, it is made again.
 
     Raises
     ------
@@ -57,15 +62,18 @@ def extract_radiomics(
     if execution.shard:
         note = "standardisation.json is written by a run without --shard, when all shards are done"
         return StageResult("extract-radiomics", store.path, outcomes, notes=(note,))
-    if result.exit_code == 0:
-        _standardise(store, case_ids, config, device, execution)
-    return result
+    failed = [outcome.case_id for outcome in outcomes if outcome.status == FAILED]
+    if len(failed) == len(case_ids):
+        return result
+    notes = _standardise(store, case_ids, failed, config, device, execution)
+    return StageResult("extract-radiomics", store.path, outcomes, notes=notes)
 
 
 def _extract_one(case_id: str, store: Store, config: RadiomicsConfig, device: str, overwrite: bool) -> tuple[str, str]:
     path = store.case_file(case_id, "radiomics")
     with lock(store.lock_file(case_id, "radiomics")), store.open(case_id, "volume") as volume:
         settings = {k: v for k, v in to_dict(config).items() if k in _FEATURE_SETTINGS}
+        settings["descriptor_version"] = DESCRIPTOR_VERSION  # compared with what is there, unlike the extras below
         wanted = make_provenance(
             "extract-radiomics",
             settings,
@@ -116,20 +124,33 @@ def _describe(
     return np.concatenate(rows)
 
 
-def _standardise(store: Store, case_ids: list[str], config: RadiomicsConfig, device: str, execution: Execution) -> None:
-    """Write the store's standardisation from windows sampled in the training cases."""
+def _standardise(
+    store: Store, case_ids: list[str], failed: Sequence[str], config: RadiomicsConfig, device: str, execution: Execution
+) -> tuple[str, ...]:
+    """Write the store's standardisation from windows sampled in the training cases; returns notes for the user."""
     path = store.path / "standardisation.json"
     with lock(store.path / "standardisation.json.lock"), limited_threads(execution.threads):
-        training = training_cases(store, case_ids)
-        inputs = {}
-        for case_id in training:
-            with store.open(case_id, "volume") as volume:
-                inputs[case_id] = volume.fingerprint
+        try:
+            found = find_training_cases(store, [case_id for case_id in case_ids if case_id not in failed])
+        except InputError:
+            if not failed:
+                raise
+            return ("standardisation.json is not written: no training case is complete",)
+        training = list(found.fingerprints)
+        left_out = sorted({*failed, *found.unreadable})
+        notes = (f"standardisation.json leaves out {', '.join(left_out)}",) if left_out else ()
         settings = {k: v for k, v in to_dict(config).items() if k not in ("window", "stride")}
-        wanted = make_provenance("extract-radiomics", settings, inputs=inputs)
+        settings["descriptor_version"] = DESCRIPTOR_VERSION
+        wanted = make_provenance("extract-radiomics", settings, inputs=found.fingerprints, left_out=left_out)
         if path.exists() and not execution.overwrite:
-            check_current(read_json(path)["provenance"], wanted, what=str(path))
-            return
+            there = _sections(path)["provenance"]
+            if not _completes(there, wanted):
+                # a case that fails now may well have been complete when the statistics were taken
+                kept = {case_id: there["inputs"][case_id] for case_id in left_out if case_id in there["inputs"]}
+                check_current(there, {**wanted, "inputs": {**wanted["inputs"], **kept}}, what=str(path))
+                missing = [case_id for case_id in left_out if case_id not in kept]
+                return (f"standardisation.json leaves out {', '.join(missing)}",) if missing else ()
+            log.warning("extract-radiomics: %s left out cases that are complete now; making it again", path)
         windows = {}
         sizes = [(window,) * 3 for window in config.standardisation_windows]
         for size in [*sizes, tuple(store.header["config"]["patch_size"])]:
@@ -138,6 +159,15 @@ def _standardise(store: Store, case_ids: list[str], config: RadiomicsConfig, dev
             fitted = Standardisation.fit(features, window=size, feature_names=feature_names(mcc=config.mcc))
             windows[_key(size)] = fitted.to_dict()
         write_json(path, {"provenance": wanted, "windows": windows})
+        return notes
+
+
+def _completes(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a standardisation differs from the wanted one only by cases it says it had to leave out."""
+    added = set(wanted["inputs"]) - set(there["inputs"])
+    shared = {case_id: mark for case_id, mark in wanted["inputs"].items() if case_id not in added}
+    same = shared == there["inputs"] and wanted["config"] == there["config"]
+    return same and bool(added) and added <= set(there.get("left_out", []))
 
 
 def _key(size: Sequence[int]) -> str:
@@ -145,22 +175,44 @@ def _key(size: Sequence[int]) -> str:
     return "x".join(str(int(n)) for n in size)
 
 
-def training_cases(store: Store, case_ids: list[str]) -> list[str]:
+@dataclass(frozen=True)
+class TrainingCases:
+    """Cases a model may learn from."""
+
+    fingerprints: dict[str, str]
+    """Fingerprint of the volume of each, by case id in the order asked for."""
+    unreadable: tuple[str, ...]
+    """Cases whose volume cannot be opened, of whatever split."""
+
+
+def find_training_cases(store: Store, case_ids: Sequence[str]) -> TrainingCases:
     """Cases a model may learn from: split `train` or not stated, with at least one patch.
+
+    A case whose ``volume.h5`` cannot be opened is left out with a warning.
 
     Raises
     ------
     InputError
         If there is none.
     """
-    chosen = []
+    fingerprints, unreadable = {}, []
     for case_id in case_ids:
-        with store.open(case_id, "volume") as volume:
-            if volume.provenance.get("split", "") in ("", "train") and volume.shape("patches/corner")[0]:
-                chosen.append(case_id)
-    if not chosen:
-        raise InputError(f"store {store.path} has no training case: all are of another split, or without lung")
-    return chosen
+        try:
+            with store.open(case_id, "volume") as volume:
+                if volume.provenance.get("split", "") in ("", "train") and volume.shape("patches/corner")[0]:
+                    fingerprints[case_id] = volume.fingerprint
+        except (StoreError, MismatchError) as error:
+            unreadable.append(case_id)
+            log.warning("%s is left out of training: %s (see: lungseg doctor %s)", case_id, error, store.path)
+    if not fingerprints:
+        broken = f", or unreadable ({', '.join(unreadable)}; see: lungseg doctor {store.path})" if unreadable else ""
+        raise InputError(f"store {store.path} has no training case: all are of another split, or without lung{broken}")
+    return TrainingCases(fingerprints, tuple(unreadable))
+
+
+def training_cases(store: Store, case_ids: list[str]) -> list[str]:
+    """Ids of :func:`find_training_cases`."""
+    return list(find_training_cases(store, case_ids).fingerprints)
 
 
 def _sample(store: Store, case_id: str, size: Sequence[int], config: RadiomicsConfig, device: str) -> np.ndarray:
@@ -192,8 +244,63 @@ def load_standardisation(store: Store, size: Sequence[int]) -> Standardisation:
     command = f"lungseg extract-radiomics {store.path} --standardisation-windows {size[0]}"
     if not path.exists():
         raise InputError(f"{path} is missing: run {command}")
-    windows = read_json(path)["windows"]
+    windows = _sections(path)["windows"]
     if _key(size) not in windows:
         known = ", ".join(sorted(windows))
         raise InputError(f"{path} has windows {known} but not {_key(size)}: run {command} --overwrite")
     return Standardisation.from_dict(windows[_key(size)])
+
+
+def check_standardisation(store: Store, standardisation: Standardisation, *, cases: TrainingCases, mcc: bool) -> None:
+    """Refuse a standardisation that is not of the present training volumes or not of the teacher's features.
+
+    Parameters
+    ----------
+    standardisation : Standardisation
+        As ``load_standardisation`` gave it from ``store``.
+    cases : TrainingCases
+        What is to be trained on. Cases the standardisation left out because their extraction failed may be among
+        them; it may be of cases that have become unreadable since.
+    mcc : bool
+        Whether the teacher computes the maximal correlation coefficient.
+
+    Raises
+    ------
+    MismatchError
+        Naming what the standardisation says, what training has, and the command that makes it again.
+    """
+    path = store.path / "standardisation.json"
+    provenance = _sections(path)["provenance"]
+    inputs, config = provenance.get("inputs", {}), provenance.get("config", {})
+    differences = []
+    for case_id in sorted({*inputs, *cases.fingerprints}):
+        there, now = inputs.get(case_id), cases.fingerprints.get(case_id)
+        excused = now is None and case_id in cases.unreadable
+        excused = excused or (there is None and case_id in provenance.get("left_out", []))
+        if there != now and not excused:
+            words = [f"volume {mark[:12]}…" if mark else "not a training case" for mark in (there, now)]
+            differences.append(f"{case_id}: there {words[0]}, now {words[1]}")
+    # what compute_descriptors gives the teacher (diffusion/training.py)
+    teacher: dict[str, Any] = {"aggregation": "merged", "backend": "torch", "mcc": mcc}
+    for key, computed in teacher.items():
+        if config.get(key) != computed:
+            differences.append(f"{key}: there {config.get(key)}, the teacher's {computed}")
+    names = feature_names(mcc=mcc)
+    if standardisation.feature_names != names and config.get("mcc") == mcc:
+        theirs = sorted(set(standardisation.feature_names) ^ set(names))
+        differences.append(f"feature_names: they differ in {', '.join(theirs) or 'their order'}")
+    if differences:
+        windows = ",".join(str(n) for n in config.get("standardisation_windows", [standardisation.window[0]]))
+        flags = f"--standardisation-windows {windows} --backend torch --aggregation merged --{'' if mcc else 'no-'}mcc"
+        raise MismatchError(
+            f"{path} does not fit the training ({'; '.join(differences)}): run "
+            f"lungseg extract-radiomics {store.path} --overwrite {flags}"
+        )
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """Content of standardisation.json."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("windows", "provenance")):
+        raise StoreError(f"{path} is damaged: make it again with lungseg extract-radiomics --overwrite")
+    return content

@@ -86,7 +86,7 @@ def _run(path: Path) -> Iterator[tuple[str, str]]:
         last = json.loads(lines[-1])
         yield "images", f"{last['images']} of {header['config']['total_images']}"
         yield "last losses", ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "images" and v is not None)
-    yield "cases", str(len(header["inputs"]))
+    yield "cases", str(len(set(header["inputs"]) - {"standardisation"}))
     yield "environment", _json(header["environment"])
     yield "settings", _json(header["config"])
 

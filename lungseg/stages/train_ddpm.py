@@ -7,29 +7,32 @@ under torchrun the given world is joined.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import re
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lungseg import __version__
-from lungseg.config.execution import Execution, resolve_device
+from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_training_state, save_model, save_training_state
 from lungseg.diffusion.training import Trainer, TrainingImages, teacher_halo
-from lungseg.errors import Interrupted, LungsegError, MismatchError, ResourceError, StoreError, UsageError
+from lungseg.errors import InputError, Interrupted, LungsegError, MismatchError, ResourceError, StoreError, UsageError
 from lungseg.radiomics.descriptor import FEATURE_NAMES, Standardisation
 from lungseg.stages.cohort import StageResult, limited_threads
-from lungseg.stages.extract_radiomics import load_standardisation, training_cases
+from lungseg.stages.extract_radiomics import check_standardisation, find_training_cases, load_standardisation
+from lungseg.stages.launch import as_error, launch, local_processes, remove_errors, world
 from lungseg.stages.progress import progress
-from lungseg.store.atomic import PARTIAL, canonical_json, read_json, write_json, write_text
+from lungseg.store.atomic import PARTIAL, canonical_json, disk_errors, read_json, write_json, write_text
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.patches import PatchSource
@@ -38,6 +41,9 @@ from lungseg.store.schema import check_current
 log = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+_NOT_LEARNED = ("workers", "cache_gib")
+"""Settings of how a run is fed: they do not change what it learns."""
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)")
 
 
 def train_ddpm(
@@ -55,23 +61,50 @@ def train_ddpm(
     Raises
     ------
     InputError
-        If the store has no training case, or no standardisation of the teacher's window.
+        If the store has no training case, or no standardisation of the teacher's window, or ``output`` is a file.
     MismatchError
-        If the run was begun with other settings or data, or training diverges.
+        If the run was begun with other settings, data or standardisation, the standardisation belongs to other
+        volumes or features, the cases differ in spacing, or training diverges.
     ResourceError
-        If the device runs out of memory.
+        If the device runs out of memory, or a loader process is killed.
     Interrupted
         After SIGINT or SIGTERM, when the state is saved.
     """
     store = store if isinstance(store, Store) else Store(Path(store))
     output = Path(output)
+    _make_folder(output)
     if execution.gpus > 1 and "RANK" not in os.environ:
-        return _launch(store.path, output, config, execution)
-    with _world(execution) as (rank, size, device):
-        if config.batch_size % size:
-            raise UsageError(f"--batch-size {config.batch_size} cannot be shared equally by {size} processes")
+        _check_shares(config, execution.gpus)
+        result: StageResult = launch(train_ddpm, store.path, output, config, folder=output, execution=execution)
+        return result
+    with world(execution) as (rank, size, device):
+        _check_shares(config, size)
         run = _Run(store, output, config, rank=rank, size=size, device=device, execution=execution)
         return run.train()
+
+
+def _make_folder(output: Path) -> None:
+    with disk_errors(output):
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{output} is a file, or lies below one; give the run folder another name") from error
+
+
+def _check_shares(config: TrainConfig, size: int) -> None:
+    if config.batch_size % size:
+        raise UsageError(f"--batch-size {config.batch_size} cannot be shared equally by {size} processes")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What rank 0 found when it checked the run, the same for all ranks."""
+
+    header: dict[str, Any]
+    case_ids: list[str]
+    standardisation: Standardisation | None
+    complete: bool
+    """`model.safetensors` is there already."""
 
 
 class _Run:
@@ -93,80 +126,104 @@ class _Run:
         self.stop_signal = 0
 
     def train(self) -> StageResult:
-        self.output.mkdir(parents=True, exist_ok=True)
-        with _maybe_lock(self.output / "train.lock", self.rank), limited_threads(self.execution.threads):
-            header = self._header()
-            known = (self.output / "config.json").exists()
-            if known:
-                check_current(
-                    read_json(self.output / "config.json"), header, what=f"run {self.output}",
-                    overwrite_hint="another output folder",
-                )  # fmt: skip
+        with ExitStack() as held, limited_threads(self.execution.threads):
+            self.plan = self._agreed(lambda: self._prepare(held))
             model_path = self.output / "model.safetensors"
-            if model_path.exists():
+            if self.plan.complete:
                 return StageResult("train-ddpm", self.output, notes=(f"already complete: {model_path}",))
-            if self.rank == 0:
-                self._clean()
-                if not known:
-                    write_json(self.output / "config.json", header)
-            with self._signals():
+            with self._signals(), _loader_deaths(self.config):
                 trainer = self._loop()
             if self.rank == 0:
-                card = self._card(header, trainer)
-                # how the run was fed is no property of the model
-                config = dataclasses.replace(self.config, workers=0, cache_gib=TrainConfig().cache_gib)
-                save_model(model_path, trainer.student_weights(), config=config, card=card)
+                unfed = {name: getattr(TrainConfig(), name) for name in _NOT_LEARNED}
+                config = dataclasses.replace(self.config, **unfed)
+                save_model(model_path, trainer.student_weights(), config=config, card=self._card(trainer))
             notes = (f"model: {model_path} ({trainer.images} images, {trainer.skipped} steps skipped)",)
             return StageResult("train-ddpm", self.output, notes=notes, values={"images": trainer.images})
 
-    def _header(self) -> dict[str, Any]:
-        inputs = {}
-        listed = tuple(self.store.header["config"]["patch_size"])
-        if listed != self.config.patch_size:
+    def _agreed(self, work: Callable[[], _Plan]) -> _Plan:
+        """What rank 0 makes of ``work``, on all ranks: its result, or its error."""
+        if self.size == 1:
+            return work()
+        verdict: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                verdict = [work()]
+            except LungsegError as error:
+                verdict = [(error.exit_code, str(error))]
+        torch.distributed.broadcast_object_list(verdict)
+        if isinstance(verdict[0], _Plan):
+            return verdict[0]
+        raise as_error(*verdict[0])
+
+    def _prepare(self, held: ExitStack) -> _Plan:
+        """Lock the run for as long as ``held`` lasts, and check that it may go on with these settings and data."""
+        held.enter_context(lock(self.output / "train.lock"))
+        plan = self._plan()
+        path = self.output / "config.json"
+        known = path.exists()
+        if known:
+            begun = read_json(path)
+            check_current(begun, plan.header, what=f"run {self.output}", overwrite_hint="another output folder")
+            then, now = begun.get("environment"), plan.header["environment"]
+            if then != now and not plan.complete:
+                log.warning(
+                    "train-ddpm: %s was begun with %s and goes on with %s: the weights will not be those of an "
+                    "undisturbed run, bit for bit", self.output, canonical_json(then), canonical_json(now),
+                )  # fmt: skip
+        if not plan.complete:
+            self._clean()
+            if not known:
+                write_json(path, plan.header)
+        return plan
+
+    def _plan(self) -> _Plan:
+        config, store = self.config, self.store
+        listed = tuple(store.header["config"]["patch_size"])
+        if listed != config.patch_size:
             raise MismatchError(
-                f"store {self.store.path} lists patches of {listed} voxels, training wants {self.config.patch_size}: "
+                f"store {store.path} lists patches of {listed} voxels, training wants {config.patch_size}: "
                 "use the same --preset (or --patch-size) in both commands"
             )
-        self.case_ids = training_cases(self.store, self.store.require_cases())
-        for case_id in self.case_ids:
-            with self.store.open(case_id, "volume") as volume:
-                inputs[case_id] = volume.fingerprint
-                spacing = volume.provenance["grid"]["spacing_mm"][0]
-        self.standardisation = self._standardisation()
-        return {
+        found = find_training_cases(store, store.require_cases())
+        case_ids = list(found.fingerprints)
+        inputs = dict(found.fingerprints)
+        store.check_uniform(case_ids)
+        with store.open(case_ids[0], "volume") as volume:
+            spacing = volume.provenance["grid"]["spacing_mm"][0]
+        standardisation = None
+        if config.distill != "none":
+            size = config.patch_size if config.distill == "patches" else (config.teacher_window,) * 3
+            standardisation = load_standardisation(store, size)
+            check_standardisation(store, standardisation, cases=found, mcc=config.mcc)
+            inputs["standardisation"] = hashlib.sha256(canonical_json(standardisation.to_dict()).encode()).hexdigest()
+        header = {
             "format": "lungseg-run",
             "lungseg_version": __version__,
-            # how a run is fed does not change what it learns
-            "config": {k: v for k, v in to_dict(self.config).items() if k not in ("workers", "cache_gib")},
+            "config": {k: v for k, v in to_dict(config).items() if k not in _NOT_LEARNED},
             "inputs": inputs,
             "spacing_mm": spacing,
             "environment": {"torch": torch.__version__, "threads": self.execution.threads, "processes": self.size},
         }
-
-    def _standardisation(self) -> Standardisation | None:
-        """Statistics of the teacher's windows."""
-        config = self.config
-        if config.distill == "none":
-            return None
-        size = config.patch_size if config.distill == "patches" else (config.teacher_window,) * 3
-        return load_standardisation(self.store, size)
+        return _Plan(header, case_ids, standardisation, (self.output / "model.safetensors").exists())
 
     def _clean(self) -> None:
         """Remove what a killed run left half written."""
         for path in self.output.glob(f"*{PARTIAL}"):
             path.unlink()
+        if self.size == 1:  # a launcher has done it before its processes began
+            remove_errors(self.output)
 
     def _loop(self) -> Trainer:
         config = self.config
-        trainer = Trainer(config, self.standardisation, device=self.device)
+        trainer = Trainer(config, self.plan.standardisation, device=self.device)
         self._resume(trainer)
         source = PatchSource(
-            [self.store.case_file(case_id, "volume") for case_id in self.case_ids],
+            [self.store.case_file(case_id, "volume") for case_id in self.plan.case_ids],
             size=config.patch_size,
             halo=teacher_halo(config),
             seed=config.seed,
             flips=config.flips,
-            cache_bytes=int(config.cache_gib * 2**30),
+            cache_bytes=_cache_bytes(config, local_processes(self.size)),
         )
         lines = self._stats_until(trainer.images)
         log.info(
@@ -187,6 +244,8 @@ class _Run:
                 if done or stop or _crossed(before, trainer.images, config.checkpoint_images):
                     self._save(trainer, lines)
                 if stop and not done:
+                    if self.size > 1:  # the first process that leaves ends the others: let rank 0 have saved
+                        torch.distributed.barrier()
                     raise Interrupted(
                         f"stopped after {trainer.images} images; run the same command again to go on",
                         signal_number=stop,
@@ -204,6 +263,7 @@ class _Run:
             batch_size=config.batch_size // self.size,
             sampler=order,
             num_workers=config.workers,
+            worker_init_fn=_ignore_signals,
             drop_last=False,
             persistent_workers=False,
             pin_memory=self.device.startswith("cuda"),
@@ -265,13 +325,21 @@ class _Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Finish the step and save at the first signal; the second one stops at once."""
+        """Finish the step and save at the first signal; the second one stops at once.
+
+        Of several processes each gets a signal twice, from the sender to the group and from the launcher: there the
+        second is ignored.
+        """
 
         def remember(number: int, frame: Any) -> None:
             if self.stop_signal:
-                raise KeyboardInterrupt
+                if self.size == 1:
+                    raise KeyboardInterrupt
+                return
             self.stop_signal = number
-            log.warning("train-ddpm: stopping after this step; once more to stop at once")
+            if self.rank == 0:
+                again = "; once more to stop at once" if self.size == 1 else ""
+                log.warning("train-ddpm: stopping after this step%s", again)
 
         try:
             before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -283,16 +351,18 @@ class _Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _card(self, header: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    def _card(self, trainer: Trainer) -> dict[str, Any]:
+        header, standardisation = self.plan.header, self.plan.standardisation
         return {
             "images": trainer.images,
             "skipped_steps": trainer.skipped,
-            "num_cases": len(self.case_ids),
+            "num_cases": len(self.plan.case_ids),
             "num_features": len(FEATURE_NAMES),
             "spacing_mm": header["spacing_mm"],
-            "training_volumes": header["inputs"],
+            # this file is shared: which volumes by fingerprint, but not their ids
+            "training_volumes": sorted(header["inputs"][case_id] for case_id in self.plan.case_ids),
             "environment": header["environment"],
-            "standardisation": self.standardisation.to_dict() if self.standardisation else None,
+            "standardisation": standardisation.to_dict() if standardisation else None,
             "intended_use": "research only",
         }
 
@@ -309,72 +379,25 @@ def _stats_line(images: int, values: dict[str, float]) -> str:
 
 
 @contextmanager
-def _maybe_lock(path: Path, rank: int) -> Iterator[None]:
-    if rank == 0:
-        with lock(path):
-            yield
-    else:
+def _loader_deaths(config: TrainConfig) -> Iterator[None]:
+    """Say what to do when a loader process is killed, which torch reports as a RuntimeError at any place."""
+    try:
         yield
+    except RuntimeError as error:
+        if not _WORKER_DIED.search(str(error)):
+            raise
+        raise ResourceError(
+            f"a loader process died, most likely for lack of memory ({error}): lower --workers (now "
+            f"{config.workers}) or --cache-gib (now {config.cache_gib:g}) and run the same command again"
+        ) from error
 
 
-@contextmanager
-def _world(execution: Execution) -> Iterator[tuple[int, int, str]]:
-    """(rank, number of processes, device) of this process; joins the group of a launcher where there is one."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    device = resolve_device(execution.device)
-    if size == 1:
-        yield 0, 1, device
-        return
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield rank, size, device
-    finally:
-        torch.distributed.destroy_process_group()
+def _ignore_signals(worker: int) -> None:
+    """Loader processes end with their trainer: a signal to the whole group must not take them from it before."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _launch(store: Path, output: Path, config: TrainConfig, execution: Execution) -> StageResult:
-    """Start one process per device with torch's elastic launcher and wait for them."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    device = resolve_device(execution.device)
-    if device.startswith("cuda") and execution.gpus > torch.cuda.device_count():
-        raise UsageError(f"--gpus {execution.gpus}: this machine has {torch.cuda.device_count()} CUDA devices")
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=execution.gpus,
-        run_id="lungseg",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=1,
-        start_method="spawn",
-    )
-    try:
-        results = elastic_launch(launch, _entry)(store, output, config, dataclasses.replace(execution, gpus=0))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise MismatchError(f"training process {rank} failed: {failure.message}") from error
-    outcome = results[0]
-    if isinstance(outcome, StageResult):
-        return outcome
-    code, text = outcome
-    if code >= 128:
-        raise Interrupted(text, signal_number=code - 128)
-    failed = LungsegError(text)
-    failed.exit_code = code
-    raise failed
-
-
-def _entry(store: Path, output: Path, config: TrainConfig, execution: Execution) -> Any:
-    """What each launched process runs. An error becomes a value: an exception would reach the parent as text only."""
-    if int(os.environ["RANK"]) == 0 and not execution.quiet:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return train_ddpm(store, output, config, execution=execution)
-    except LungsegError as error:
-        return error.exit_code, str(error)
+def _cache_bytes(config: TrainConfig, processes: int) -> int:
+    """Share of ``--cache-gib`` of one loader process, ``processes`` training processes being on this machine."""
+    return int(config.cache_gib * 2**30 / (processes * max(1, config.workers)))

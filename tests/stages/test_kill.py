@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from pipeline_fixture import QUIET, TOML, TRAIN, run_stages, tree_hashes
 
+from lungseg.config import TrainConfig
 from lungseg.store.cases import Store
 
 
@@ -105,18 +107,41 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished: Path
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(finished: Path, tmp_path: Path) -> None:
-    """The launcher, the gathered contrast and the shared order of images: nearly the weights of one process."""
-    import torch
-
+    """The launcher, the gathered contrast and the shared order of images: nearly the updates of one process."""
     from lungseg.config import Execution
-    from lungseg.diffusion.checkpoint import read_model_file
     from lungseg.stages.train_ddpm import train_ddpm
 
-    config = dataclasses.replace(TRAIN, total_images=12, learning_rate=1e-4)
-    train_ddpm(finished / "store", tmp_path / "one", config, execution=QUIET)
+    config = dataclasses.replace(TRAIN, total_images=12, learning_rate=1e-4, distill_start=0.0, distill_full=0.0)
     two = Execution(quiet=True, gpus=2, device="cpu")
-    result = train_ddpm(finished / "store", tmp_path / "two", config, execution=two)
-    assert result.values["images"] == 12
-    weights = [read_model_file(tmp_path / name / "model.safetensors")[1] for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
+    runs = {
+        "one": (config, QUIET),
+        "two": (config, two),
+        # what a mistake in the sharing would look like: half the batch, contrast of own rows only, other noise
+        "half": (dataclasses.replace(config, total_images=6, batch_size=2), QUIET),
+        "fewer-pairs": (dataclasses.replace(config, tokens_per_patch=2), QUIET),
+        "no-teacher": (dataclasses.replace(config, distill="none"), QUIET),
+    }
+    for name, (settings, execution) in runs.items():
+        result = train_ddpm(finished / "store", tmp_path / name, settings, execution=execution)
+        assert result.values["images"] == settings.total_images
+    start = _flat(_initial(config))
+    updates = {name: _flat(_trained(tmp_path / name)) - start for name in runs}
+    error = {name: float((u - updates["one"]).norm() / updates["one"].norm()) for name, u in updates.items()}
+    assert error["two"] < 0.01
+    assert min(error[name] for name in ("half", "fewer-pairs", "no-teacher")) > 0.1
+
+
+def _initial(config: TrainConfig) -> dict[str, torch.Tensor]:
+    from lungseg.diffusion.training import Trainer
+
+    return Trainer(dataclasses.replace(config, distill="none"), None, device="cpu").student_weights()
+
+
+def _trained(run: Path) -> dict[str, torch.Tensor]:
+    from lungseg.diffusion.checkpoint import read_model_file
+
+    return read_model_file(run / "model.safetensors")[1]
+
+
+def _flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
