@@ -76,8 +76,8 @@ def preprocess(
     """
     output = Path(output)
     given = [Path(scans)] if isinstance(scans, (str, Path)) else [Path(path) for path in scans or ()]
-    check_store_place(output)
     _refuse_output_inside(output, given)
+    check_store_place(output)
     if id_map:
         check_id_map_place(Path(id_map), output)
         read_id_map(Path(id_map))  # refuses another kind of file before hours of work
