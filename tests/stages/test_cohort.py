@@ -63,7 +63,7 @@ def test_a_bad_case_does_not_stop_the_others() -> None:
     assert rows == [
         ("case-a", DONE, "with words", 0),
         ("case-input", FAILED, "no lung", 3),
-        ("case-locked", BUSY, "held by process 1", 0),
+        ("case-locked", BUSY, "held by process 1", 6),
         ("case-skip", SKIPPED, "", 0),
         ("case-bug", FAILED, "bug in lungseg (please report): KeyError: 'x'", 1),
         (
@@ -83,7 +83,7 @@ def test_a_bad_case_does_not_stop_the_others() -> None:
 
 @pytest.mark.parametrize(
     ("items", "code"),
-    [([], 0), (["a", "skip", "locked"], 0), (["a", "input"], 8), (["locked", "store"], 8), (["store", "input"], 6),
+    [([], 0), (["a", "skip"], 0), (["a", "skip", "locked"], 8), (["a", "input"], 8), (["locked", "store"], 6), (["store", "input"], 6),
      (["input"], 3), (["bug"], 1)],
 )  # fmt: skip
 def test_exit_codes(items: list[str], code: int) -> None:
