@@ -70,7 +70,7 @@ def test_training_saves_at_sigterm_and_resumes_to_the_same_bytes(finished: Path,
     with subprocess.Popen([*command, str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True) as process:
         _wait_for(lambda: any((tmp_path / "stopped").glob("checkpoint-*.pt")), process)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=300)
     assert process.returncode == 143
     assert "run the same command again" in error
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
@@ -79,7 +79,7 @@ def test_training_saves_at_sigterm_and_resumes_to_the_same_bytes(finished: Path,
 
 
 def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():  # type: ignore[operator]
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

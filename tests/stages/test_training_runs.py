@@ -322,7 +322,7 @@ def long_settings(tmp_path: Path) -> Path:
 
 
 def _wait_for_checkpoint(output: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(output.glob("checkpoint-*.pt")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -339,17 +339,15 @@ def test_sigterm_to_several_processes_saves_and_resumes(
     command = _command(finished, output, long_settings, "--gpus", "2", "--workers", "1")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         _wait_for_checkpoint(output, process)
-        begin = time.monotonic()
         if to_group:
             os.killpg(process.pid, signal.SIGTERM)
         else:
             process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=120)
-        took = time.monotonic() - begin
+        _, error = process.communicate(timeout=300)
     assert process.returncode == 143, error
     assert "error: stopped after" in error
     assert "Traceback" not in error
-    assert took < 25, "the launcher waited for its processes until its time limit"
+    assert "forcefully" not in error, "the launcher had to kill its processes at its time limit"
     saved = max(int(path.stem.partition("-")[2]) for path in output.glob("checkpoint-*.pt"))
     assert f"stopped after {saved} images" in error
     assert saved < 160
@@ -402,7 +400,7 @@ def test_killed_process_is_lack_of_a_resource(finished: Path, tmp_path: Path, lo
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ranks = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(int(ranks[-1]), signal.SIGKILL)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=300)
     assert process.returncode == 5, error
     assert "died" in error
     assert "lack of memory" in error
