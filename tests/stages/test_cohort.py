@@ -83,8 +83,8 @@ def test_a_bad_case_does_not_stop_the_others() -> None:
 
 @pytest.mark.parametrize(
     ("items", "code"),
-    [([], 0), (["a", "skip"], 0), (["a", "skip", "locked"], 8), (["a", "input"], 8), (["locked", "store"], 6), (["store", "input"], 6),
-     (["input"], 3), (["bug"], 1)],
+    [([], 0), (["a", "skip"], 0), (["a", "skip", "locked"], 8), (["a", "input"], 8), (["locked", "store"], 6),
+     (["store", "input"], 6), (["input"], 3), (["bug"], 1)],
 )  # fmt: skip
 def test_exit_codes(items: list[str], code: int) -> None:
     result = run(items)

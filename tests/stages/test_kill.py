@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -13,25 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_fixture import QUIET, TOML, TRAIN, run_stages, tree_hashes
+from pipeline_fixture import QUIET, TOML, TRAIN, tree_hashes
 
 from lungseg.config import TrainConfig
-from lungseg.store.cases import Store
-
-
-def _run_and_die(manifest: Path, root: Path, death: int) -> None:
-    """Run all stages, but be killed just before the ``death``-th file would become complete."""
-    real, count = os.replace, 0
-
-    def replace(source: str, target: str) -> None:
-        nonlocal count
-        count += 1
-        if count == death:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(source, target)
-
-    os.replace = replace  # type: ignore[assignment]
-    run_stages(manifest, root)
 
 
 @pytest.mark.slow
@@ -39,20 +21,12 @@ def test_killed_again_and_again_in_every_stage_gives_the_same_bytes(
     finished: Path, manifest: Path, tmp_path: Path
 ) -> None:
     """Each life completes some more files than the one before and dies at the next one, through every stage."""
-    context = multiprocessing.get_context("fork")
-    lives, partials = 0, 0
-    while True:
-        life = context.Process(target=_run_and_die, args=(manifest, tmp_path, 4 + lives // 2))
-        life.start()
-        life.join(timeout=240)
-        lives += 1
-        if life.exitcode == 0:
-            break
-        assert life.exitcode == -signal.SIGKILL
-        assert lives < 60, "no progress"
-        partials += bool(list(tmp_path.rglob("*.partial")))
-        if (tmp_path / "store" / "store.json").exists():
-            Store(tmp_path / "store")  # opens at any moment
+    driver = Path(__file__).with_name("kill_driver.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(manifest), str(tmp_path)], capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lives, partials = (int(word) for word in done.stdout.split()[-2:])
     assert lives > 8
     assert partials > 5
     assert tree_hashes(tmp_path) == tree_hashes(finished)
