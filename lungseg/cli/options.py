@@ -126,6 +126,7 @@ def _field_option(field: dataclasses.Field[Any], cls: type) -> inspect.Parameter
     hint = typing.get_type_hints(cls)[field.name]
     flag = flag_name(field.name)
     short = [SHORT_FLAGS[field.name]] if field.name in SHORT_FLAGS else []
+    short += [info.flag] if info.flag else []
     doc = f"{info.doc} [{_defaults(field, cls)}]"
     if hint is bool:
         flags = [f"{flag}/--no-{field.name.replace('_', '-')}"] if field.default or cls is not Execution else [flag]

@@ -39,6 +39,7 @@ class OptionInfo:
     maximum: float | None = None
     above: float | None = None
     choices: tuple[str, ...] = ()
+    flag: str = ""
 
 
 def option(
@@ -50,6 +51,7 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     choices: Sequence[str] = (),
+    flag: str = "",
 ) -> Any:
     """Declare a configuration field.
 
@@ -67,8 +69,10 @@ def option(
         Exclusive lower bound.
     choices
         Allowed words.
+    flag
+        Another name on the command line, beside the one made from the field's.
     """
-    info = OptionInfo(doc, unit, minimum, maximum, above, tuple(choices))
+    info = OptionInfo(doc, unit, minimum, maximum, above, tuple(choices), flag)
     return dataclasses.field(default=default, metadata={"option": info})
 
 

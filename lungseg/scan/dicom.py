@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lungseg.config.preprocess import ReadOptions
 from lungseg.errors import InputError
 from lungseg.scan.dicom_headers import Damaged, SliceHeader, read_header, walk_files
 from lungseg.scan.dicom_series import MAX_LISTED, POSITION_ROUNDING_MM, Series, build_series, series_geometry
@@ -102,7 +103,7 @@ def find_series(path: Path) -> SeriesScan:
     return SeriesScan(build_series(slices, damaged), tuple(non_dicom), tuple(damaged))
 
 
-def choose_series(series: Sequence[Series]) -> SeriesChoice:
+def choose_series(series: Sequence[Series], options: ReadOptions = ReadOptions()) -> SeriesChoice:
     """The best series of one study, by a stated order.
 
     Usable CT volumes only; those that cover at least half of the longest one first; then thinner slice spacing,
@@ -112,6 +113,8 @@ def choose_series(series: Sequence[Series]) -> SeriesChoice:
     ----------
     series : sequence of Series
         Of one patient and one study.
+    options : ReadOptions
+        What may be repaired: decides which series are usable.
 
     Raises
     ------
@@ -172,15 +175,15 @@ def _why_not(s: Series, chosen: Series, rank: tuple[Any, ...], best: tuple[Any, 
     return "equal in spacing, kernel and slices; the first series UID was taken"
 
 
-def read_series(series: Series, *, assume_hu: bool = False) -> Volume:
+def read_series(series: Series, options: ReadOptions = ReadOptions()) -> Volume:
     """The volume of one series, in the canonical orientation; slices are decoded one at a time.
 
     Parameters
     ----------
     series : Series
         From ``find_series``.
-    assume_hu : bool
-        Take the stored values as HU where RescaleSlope and RescaleIntercept are missing.
+    options : ReadOptions
+        What may be done to a series that is not right as it stands.
 
     Returns
     -------
@@ -204,7 +207,7 @@ def read_series(series: Series, *, assume_hu: bool = False) -> Volume:
     name = series.label
     if series.problem is not None or series.orientation is None:
         raise InputError(f"{name}: {series.problem}")
-    if not (series.has_rescale or assume_hu):
+    if not (series.has_rescale or options.assume_hu):
         raise InputError(
             f"{name}: RescaleSlope or RescaleIntercept is missing, so the values cannot be turned into HU. "
             "If the stored values are HU already, say so with --assume-hu"

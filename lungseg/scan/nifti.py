@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from lungseg.config.preprocess import ReadOptions
 from lungseg.errors import InputError, ResourceError
 from lungseg.scan.hu import allocate, check_hu, clip_notes, require_memory, to_hu
 from lungseg.scan.orientation import LPS_TO_SPL, RAS_TO_SPL, orthonormal_direction, to_canonical, to_stored
@@ -56,13 +57,15 @@ class _Header:
     notes: tuple[str, ...]
 
 
-def read_image(path: Path, *, integer: bool = False) -> Volume:
+def read_image(path: Path, options: ReadOptions = ReadOptions(), *, integer: bool = False) -> Volume:
     """Volume of one image file, in the canonical orientation.
 
     Parameters
     ----------
     path : Path
         .nii, .nii.gz, .nrrd, .mha or .mhd.
+    options : ReadOptions
+        What may be done to a file that is not right as it stands.
     integer : bool
         False: CT. True: a label map or mask, whose values must be whole numbers from 0 to 65535.
 

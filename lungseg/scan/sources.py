@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lungseg.config.preprocess import ReadOptions
 from lungseg.errors import InputError
 from lungseg.scan.dicom import Series, choose_series, find_series, read_series
 from lungseg.scan.dicom_headers import Damaged, SliceHeader, read_header, walk_files
@@ -54,11 +55,11 @@ class Source:
         size = sum(file.stat().st_size for file in self.series.files)
         return f"{self.series.series_uid}/{len(self.series.files)}/{size}"
 
-    def read(self, *, assume_hu: bool = False) -> Volume:
+    def read(self, options: ReadOptions = ReadOptions()) -> Volume:
         """The volume; ``InputError`` if it cannot be read as one."""
         if self.problem:
             raise InputError(self.problem)
-        return read_image(self.path) if self.series is None else read_series(self.series, assume_hu=assume_hu)
+        return read_image(self.path, options) if self.series is None else read_series(self.series, options)
 
 
 def voxel_digest(volume: Volume) -> bytes:

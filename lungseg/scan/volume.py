@@ -19,6 +19,17 @@ Triple = tuple[float, float, float]
 IDENTITY: tuple[Triple, Triple, Triple] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 AIR_HU = -1024
 """HU written where a scan holds no data (padding, outside the field of view)."""
+STATUS_WORDS = {
+    "gaps-filled": "missing slices were filled by interpolation",
+    "tilt-corrected": "slices of a tilted gantry were sheared back",
+    "respaced": "unevenly spaced slices were interpolated to even ones",
+    "hu-assumed": "stored values were taken as HU without a rescale",
+    "nan-replaced": "NaN or infinite voxels were replaced by air",
+    "clipped": "more than 4 % of the voxels lay outside the range that is kept",
+    "truncated": "the lung is cut by the field of view",
+    "no-lung": "no lung was found",
+}
+"""What `status` of a scan may hold, and its meaning."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,8 @@ class Volume:
     """Allow-listed covariates of the scan: kernel, kvp, slice_thickness_mm, manufacturer, modality. No patient data."""
     notes: tuple[str, ...] = ()
     """What was found and done while reading, in words for the user; free of paths and patient data."""
+    status: tuple[str, ...] = ()
+    """Stable words for what numbers of this scan depend on, see ``STATUS_WORDS``; the words of ``notes`` explain."""
 
     def __post_init__(self) -> None:
         if tuple(self.array.shape) != self.geometry.shape:

@@ -141,7 +141,7 @@ def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, exec
     volume = None
     case_id, key = source.case_id, source.key()
     if not key or source.problem:
-        volume = source.read(assume_hu=config.assume_hu)
+        volume = source.read(config.read_options())
         digest = voxel_digest(volume)
         key = digest.hex()
         case_id = case_id or hashed_id(store.salt, digest)
@@ -156,7 +156,7 @@ def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, exec
         done = store.is_done(path, "volume", wanted, overwrite=execution.overwrite)
         reference = _new_reference(store, case_id, source.reference, overwrite=execution.overwrite)
         if not done and volume is None:
-            volume = source.read(assume_hu=config.assume_hu)
+            volume = source.read(config.read_options())
         if reference is not None:
             _write_reference(store, case_id, *reference)
         if done or volume is None:

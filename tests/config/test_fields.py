@@ -108,7 +108,7 @@ def test_row_63_seeds_fit_every_generator(value: int) -> None:
 
 def test_row_64_typo_names_the_nearest_option() -> None:
     assert "unknown option 'spacin-mm'; did you mean 'spacing_mm'?" in problems(PreprocessConfig, {"spacin-mm": 1})
-    assert "unknown option 'zzz'; known: assume_hu, margin_mm" in problems(PreprocessConfig, {"zzz": 1})
+    assert "unknown option 'zzz'; known: allow_gaps, assume_hu, " in problems(PreprocessConfig, {"zzz": 1})
     assert "unknown option 'interface'" in problems(Execution, {"interface": "cli"})  # not an option
 
 

@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scipy.spatial.transform import Rotation
 
+from lungseg.config.preprocess import ReadOptions
 from lungseg.errors import InputError, ResourceError
 from lungseg.scan.dicom import choose_series, find_series, kernel_sharpness, read_series, write_dicom_series
 from lungseg.scan.nifti import read_image
@@ -103,7 +104,7 @@ def write_folder(
     return paths
 
 
-def read_only_series(folder: Path, **options: bool) -> Volume:
+def read_only_series(folder: Path, **options: ReadOptions) -> Volume:
     (series,) = find_series(folder).series
     return read_series(series, **options)
 
@@ -277,7 +278,7 @@ def test_assume_hu_takes_stored_values(tmp_path: Path) -> None:
     write_folder(tmp_path, edit=strip)
     with pytest.raises(InputError, match=r"RescaleSlope or RescaleIntercept is missing.*--assume-hu"):
         read_only_series(tmp_path)
-    volume = read_only_series(tmp_path, assume_hu=True)
+    volume = read_only_series(tmp_path, options=ReadOptions(assume_hu=True))
     assert np.array_equal(volume.array, chest())
     assert "taken as HU" in volume.notes[0]
 
@@ -288,7 +289,7 @@ def test_assume_hu_names_a_forgotten_intercept(tmp_path: Path) -> None:
 
     write_folder(tmp_path, edit=strip)
     with pytest.raises(InputError, match=r"series 1\.2\.3\.4.*shifted by \+1024"):
-        read_only_series(tmp_path, assume_hu=True)
+        read_only_series(tmp_path, options=ReadOptions(assume_hu=True))
 
 
 # ---------------------------------------------------------------- what is refused
