@@ -19,7 +19,7 @@ from lungseg.radiomics import gabor, glcm, lbp
 from lungseg.radiomics.descriptor import DEFAULT_CHUNK_BYTES, FEATURE_NAMES, MIN_LUNG_VOXELS
 from lungseg.radiomics.first_order import Moments, moments
 from lungseg.radiomics.glcm import DIRECTIONS, NUM_LEVELS, Aggregation
-from lungseg.radiomics.windows import CACHE_VOXELS, computing_dtype, keep
+from lungseg.radiomics.windows import CACHE_VOXELS, computing_dtype, keep, keep_freed_memory
 
 TILE_VOXELS = 32
 """Edge of the tiles of axial slices that are filtered by one banded matrix: larger ones multiply more zeros, smaller
@@ -99,6 +99,7 @@ def dense_descriptors(
     )
     if not bool(mask.any()):
         return result
+    keep_freed_memory(volume_hu.device)
     lattice = _Lattice.around(mask, window=window, stride=stride)
     sums, level_range = _block_sums(volume_hu, mask, lattice, lung_median_hu)
     width = lattice.blocks_a_window
@@ -138,7 +139,7 @@ class _Lattice:
         first, count = [], []
         for axis in range(3):
             others = tuple(other for other in range(3) if other != axis)
-            used = mask.sum(others).nonzero()[:, 0]
+            used = mask.view(torch.uint8).amax(others).nonzero()[:, 0]
             low, high = ((int(end) + reach) // stride for end in (used[0], used[-1]))
             first.append(low)
             count.append(high - low + 1)
@@ -261,13 +262,15 @@ def _energy_sums(volume_hu: Tensor, mask: Tensor, lattice: _Lattice, layer: int,
     used = own.flatten(1).any(1).nonzero()[:, 0]
     patches, own = tiled(slices)[used], own[used].contiguous().view(torch.uint8).to(dtype)
     sums = torch.zeros((tiles[0] * tiles[1], len(gabor.NAMES), edge, edge), dtype=torch.float64, device=device)
+    across = torch.eye(edge, dtype=dtype, device=device).repeat_interleave(stride, 0)
     step = len(used) if device.type != "cpu" else max(1, CACHE_VOXELS // (2 * stride * size * size))
     for index, wavelength in enumerate(gabor.WAVELENGTHS_VOXELS):
         bank = gabor.FilterBank.make(wavelength, (size, size), margin, dtype, device)
         for start in range(0, len(used), step):
             part = slice(start, start + step)
-            energies = bank.energies(patches[part].flatten(0, 1)) * own[part].flatten(0, 1)  # (4, S, H, W)
-            blocks = energies.view(4, -1, stride, edge, stride, edge, stride).sum((2, 4, 6), dtype=torch.float64)
+            energies = bank.energies(patches[part].flatten(0, 1)).mul_(own[part].flatten(0, 1))  # (4, S, H, W)
+            runs = energies @ across  # a product with 0 and 1 sums every ``stride`` columns
+            blocks = runs.view(4, -1, stride, edge, stride, edge).sum((2, 4), dtype=torch.float64)
             sums[used[part], 4 * index : 4 * index + 4] = blocks.transpose(0, 1)
     grid = sums.view(*tiles, len(gabor.NAMES), edge, edge).permute(0, 3, 1, 4, 2)
     return grid.reshape(tiles[0] * edge, tiles[1] * edge, -1)[:rows, :columns]

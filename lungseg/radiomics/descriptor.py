@@ -18,7 +18,7 @@ from torch import Tensor
 from lungseg.errors import InputError, MismatchError
 from lungseg.radiomics import first_order, gabor, glcm, haralick, lbp
 from lungseg.radiomics.glcm import Aggregation
-from lungseg.radiomics.windows import check_patches, computing_dtype, keep, window_of
+from lungseg.radiomics.windows import check_patches, computing_dtype, keep, keep_freed_memory, window_of
 
 DESCRIPTOR_VERSION: int = 2
 """Raised whenever any of the 34 numbers changes; descriptors of different versions are never mixed.
@@ -133,6 +133,7 @@ def compute_descriptors(
         medians = medians.expand(num_patches)
     if medians.shape != (num_patches,):
         raise InputError(f"lung_median_hu must have shape ({num_patches},) or (), but has {tuple(medians.shape)}")
+    keep_freed_memory(device)
     result = torch.full((num_patches, len(FEATURE_NAMES)), torch.nan, dtype=dtype, device=device)
     chunk = _chunk_rows(patches_hu.shape[1:], aggregation, chunk_bytes)
     for start in range(0, num_patches, chunk):

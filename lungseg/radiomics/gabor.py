@@ -84,9 +84,9 @@ def gabor_features(patches_hu: Tensor, masks: Tensor, *, lung_median_hu: Tensor,
         slices = keep(patches_hu[block, depth].to(dtype) - median[block], lung)
         own = window_of(masks[block], halo=halo).contiguous().view(torch.uint8).to(dtype)
         for index, bank in enumerate(banks):
-            energies = (bank.energies(slices.flatten(0, 1)) * own.flatten(0, 1)).sum((2, 3), dtype=torch.float64)
+            energies = bank.energies(slices.flatten(0, 1)).mul_(own.flatten(0, 1)).flatten(2).sum(2)
             columns = slice(index * len(ORIENTATIONS_DEG), (index + 1) * len(ORIENTATIONS_DEG))
-            sums[block, columns] = energies.view(len(ORIENTATIONS_DEG), len(lung), -1).sum(2).T
+            sums[block, columns] = energies.view(len(ORIENTATIONS_DEG), len(lung), -1).sum(2, dtype=torch.float64).T
     count = window_of(masks, halo=halo).flatten(1).sum(1, dtype=torch.float64)
     return torch.log1p(sums / count[:, None])
 

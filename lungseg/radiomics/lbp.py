@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -162,6 +164,7 @@ def _all_three(flags: Tensor, step: int) -> Tensor:
     return result.bitwise_and_(flags)
 
 
+@functools.cache
 def _bin_of_code() -> Tensor:
     """Table (64, 8) of 0 and 1: which bin each 6-bit pattern falls into."""
     table = torch.zeros((_CODES, NUM_BINS), dtype=torch.float64)
