@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lungseg.errors import InputError
-from lungseg.radiomics.descriptor import FAMILIES
+from lungseg.radiomics.descriptor import CLIP_IQR, FAMILIES
 from lungseg.tissue import TISSUES, Tissue
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _draw_distributions(
     scale = np.where(upper > lower, upper - lower, 1.0)
     rows = np.arange(len(names))
     for index, tissue in enumerate(groups):
-        part = (features[tissues == tissue] - centre) / scale
+        part = np.clip((features[tissues == tissue] - centre) / scale, -CLIP_IQR, CLIP_IQR)
         low, middle, high = np.quantile(part, (0.25, 0.5, 0.75), axis=0)
         place = rows + (index - (len(groups) - 1) / 2) * 0.8 / len(groups)
         colour = tuple(value / 255 for value in TISSUES[tissue].colour)
@@ -116,11 +116,11 @@ def _draw_distributions(
         )
     axes.set_yticks(rows, names, fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(-4, 4)
+    axes.set_xlim(-CLIP_IQR - 0.2, CLIP_IQR + 0.2)
     axes.grid(axis="x", linewidth=0.3)
     for columns in FAMILIES.values():
         if columns.start:
             axes.axhline(columns.start - 0.5, color="black", linewidth=0.8)
-    axes.set_xlabel("median and quartiles, in interquartile ranges from the median of all")
-    axes.set_title("Windows of which one tissue fills more than half (windows)", fontsize=10)
+    axes.set_xlabel(f"median and quartiles, in interquartile ranges from the median of all, clipped at {CLIP_IQR:g}")
+    axes.set_title("Windows more than half of whose lung is one tissue (number)", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncol=3, fontsize=8, frameon=False)
