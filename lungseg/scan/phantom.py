@@ -48,8 +48,8 @@ VARIANTS = {
 SIMULATION_SPACING_MM = 1.0
 """The grid of the simulation divides each output voxel into pieces of about this size; finer output stays as it is."""
 VESSEL_HU = 30.0
-AIRWAY_HU, AIRWAY_WALL_HU = -985.0, -60.0
-VESSELS_LOST = 0.55
+AIRWAY_HU, AIRWAY_WALL_HU = -985.0, -150.0
+VESSELS_LOST = 0.65
 """Share of the vessels' contrast that emphysema takes: it destroys the small ones."""
 MAX_HU = 3071
 MIN_EXTENT_MM = (100.0, 110.0, 130.0)

@@ -27,6 +27,10 @@ from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 PLEURA_REACH_MM = 14.0
 """Depth below the pleura counts great vessels up to this distance."""
+SEPTUM_MM = 1.3
+"""Half of the thinnest wall between the lungs, in front of the heart."""
+MIDLINE_MM = 2.0
+"""How far to the left the mediastinum lies in a reference adult."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def build_chest(
     heart_mm = _heart(z, y, x, person)
     middle_mm = _mediastinum(z, y, x, vessel_mm, heart_mm, person)
     middle_mm += 1.0 * person.scale * smooth_noise(shape, spacing_mm, knot_mm=18.0, rng=rng)
+    # The lungs touch in front of the heart but never open into each other: two pleuras keep them apart.
+    np.maximum(middle_mm, SEPTUM_MM - np.abs(x - MIDLINE_MM * person.scale), out=middle_mm)
     wave = 0.8 * person.scale * smooth_noise(shape, spacing_mm, knot_mm=25.0, rng=rng)[0]
 
     airway_mm = _main_airways(grid, person)
@@ -100,7 +106,7 @@ def build_chest(
     # Half the slope of a dome lies off the vertical: 0.8 turns the height above it roughly into a distance.
     lung_mm = np.minimum(lung_mm, 0.8 * (z - floor_mm))
     lung_mm = np.minimum(lung_mm, -airway_mm - wall_mm).astype(np.float32, copy=False)
-    sides = _two_lungs(lung_mm, x)
+    sides = _two_lungs(lung_mm, x, MIDLINE_MM * person.scale)
 
     hu = wall_hu(grid, person, rng)
     below = (z < floor_mm) & (heart_mm < 0)
@@ -141,7 +147,7 @@ def _heart(z: np.ndarray, y: np.ndarray, x: np.ndarray, person: Person) -> np.nd
     # The apex hangs lower than the base.
     body = ellipsoid(
         dz + 0.22 * long, short, long,
-        (0.195 * person.height * person.heart, 0.42 * person.depth * person.heart, 0.46 * person.width * person.heart),
+        (0.195 * person.height * person.heart, 0.42 * person.depth * person.heart, 0.43 * person.width * person.heart),
     )  # fmt: skip
     atrium = ellipsoid(
         dz - 0.02 * person.height, y + 0.12 * person.depth, x + 0.08 * person.width,
@@ -200,7 +206,7 @@ def _mediastinum(
     bulge = np.exp(-(((y - 0.02 * person.depth) / (0.30 * person.depth)) ** 2))
     # The lungs nearly touch in front of the heart's vessels; the apices part around the neck.
     half = s * (2.0 + 19.0 * bulge + 27.0 * np.clip((t - 0.74) / 0.22, 0.0, 1.0) * (1.0 - 0.4 * (1.0 - bulge)))
-    core = half - np.abs(x - 2.0 * s)
+    core = half - np.abs(x - MIDLINE_MM * s)
     # Fat of the front: a wedge behind the sternum.
     wedge = 15.0 * s - 0.6 * (y + person.depth) - 0.7 * np.abs(x)
     spine = 18.5 * s - np.hypot((y - person.spine_y) * 1.05, x)
@@ -232,10 +238,10 @@ def _main_airways(grid: Grid, person: Person) -> np.ndarray:
     return field
 
 
-def _two_lungs(lung_mm: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _two_lungs(lung_mm: np.ndarray, x: np.ndarray, midline_mm: float) -> np.ndarray:
     """Largest piece of lung on either side of the midline; slivers cut off by heart or diaphragm are no lung."""
     sides = np.zeros(lung_mm.shape, dtype=np.uint8)
-    for side, half in ((LUNG_LEFT, x > 0), (LUNG_RIGHT, x <= 0)):
+    for side, half in ((LUNG_LEFT, x > midline_mm), (LUNG_RIGHT, x <= midline_mm)):
         pieces, count = ndimage.label((lung_mm > 0) & half)
         if count:
             sizes = np.bincount(pieces.ravel())

@@ -23,7 +23,7 @@ SEVERITY_SHARE = {"healthy": (0.0, 0.0), "mild": (0.10, 0.18), "moderate": (0.29
 CONSOLIDATION_SHARE_MAX = {"healthy": 0.0, "mild": 0.06, "moderate": 0.09, "severe": 0.14}
 """Consolidation above this share of the lung is left to the other diseases, if there are any."""
 LATTICE_MM = 2.5
-RADIUS_MM = {Tissue.EMPHYSEMA: (12.0, 30.0), Tissue.GGO: (11.0, 30.0), Tissue.CONSOLIDATION: (9.0, 20.0)}
+RADIUS_MM = {Tissue.EMPHYSEMA: (12.0, 30.0), Tissue.GGO: (11.0, 30.0), Tissue.CONSOLIDATION: (11.0, 24.0)}
 """Radius of one lesion in a reference adult before its border is roughened."""
 LARGE_RADIUS_MM = (22.0, 32.0)
 """Of the large consolidation at the pleura: wider than 3 cm in an adult."""
@@ -35,7 +35,7 @@ MIN_PIECE_ML = 0.3
 """Smaller islands of a disease are given back to healthy lung."""
 ORDER = (Tissue.CONSOLIDATION, Tissue.FIBROSIS, Tissue.EMPHYSEMA, Tissue.GGO)
 """Diseases with the strictest sites choose first."""
-SOFTNESS = {Tissue.CONSOLIDATION: 0.10, Tissue.FIBROSIS: 0.16, Tissue.EMPHYSEMA: 0.22, Tissue.GGO: 0.24}
+SOFTNESS = {Tissue.CONSOLIDATION: 0.14, Tissue.FIBROSIS: 0.30, Tissue.EMPHYSEMA: 0.22, Tissue.GGO: 0.24}
 """Half-width of the border over which a disease fades into its surroundings, in units of the field (1 is a radius)."""
 FAR = 9.0
 """Value of a field away from every lesion."""
@@ -65,6 +65,8 @@ class _Lattice:
     """0 at the lowest, 1 at the highest slice of each lung."""
     dorsal: np.ndarray
     """0 at the front, 1 at the back."""
+    medial: np.ndarray
+    """1 at the midline, 0 in the outer half of the chest."""
     lobule: np.ndarray
     """Standard normal number of the lobule a point lies in."""
 
@@ -161,8 +163,14 @@ def _lattice(chest: Chest, rng: np.random.Generator) -> _Lattice:
     lobule = np.zeros(lung.shape, dtype=np.float32)
     if len(points):
         lobule[lung] = values[cKDTree(seeds).query(points)[1]]
+    medial = np.clip(1.0 - 2.0 * np.abs(chest.x_mm[0, 0, picks[2]]) / chest.half_width_mm, 0.0, 1.0)
     return _Lattice(
-        lung, chest.lung_mm[grid], cranial, np.broadcast_to(dorsal[None, :, None], lung.shape).astype(np.float32), lobule
+        lung,
+        chest.lung_mm[grid],
+        cranial,
+        np.broadcast_to(dorsal[None, :, None], lung.shape).astype(np.float32),
+        np.broadcast_to(medial[None, None, :], lung.shape).astype(np.float32),
+        lobule,
     )
 
 
@@ -178,9 +186,9 @@ def _field(
     """Field of one disease on the lattice: below about 1 inside its lesions."""
     size = float(np.clip(scale, 0.55, 1.0))
     if tissue == Tissue.FIBROSIS:
-        # A rind below the pleura, thick at the base and at the back, with gaps.
-        field = lattice.depth_mm / (17.0 * size) + 1.5 * lattice.cranial + 0.5 * (1.0 - lattice.dorsal)
-        field = (field + 0.38 * lattice.noise(26.0 * size, rng)).astype(np.float32)
+        # A rind below the pleura of ribs and diaphragm, thick at the base and at the back, with gaps.
+        field = lattice.depth_mm / (15.0 * size) + 2.4 * lattice.cranial + 1.2 * (1.0 - lattice.dorsal)
+        field = (field + 0.9 * lattice.medial + 0.6 * lattice.noise(26.0 * size, rng)).astype(np.float32)
     else:
         field = _lesions(lattice, tissue, free, num_wanted, size, large, rng)
     field += 0.16 * lattice.noise(9.0, rng) + 0.10 * lattice.noise(4.0, rng)

@@ -22,8 +22,8 @@ FAT_MM = (4.0, 26.0)
 """Subcutaneous fat of a slim and of an obese reference adult (general knowledge)."""
 ARMS_DOWN_WIDTH = 0.74
 """Width left to the trunk when the arms lie beside it."""
-TRUNCATED_WIDTH = 1.30
-"""Width of the body against the field of view when the sides are cut off."""
+TRUNCATED_WIDTH, TRUNCATED_MAX_MM = 1.32, 235.0
+"""Width of the body against the field of view when the sides are cut off, and the largest half of it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Person:
             width *= ARMS_DOWN_WIDTH
         if posture.truncated:
             width *= TRUNCATED_WIDTH
-        self.outer_width = min(width, MAX_HALF_WIDTH_MM * (0.93 if self.female else 1.0))
+        widest = TRUNCATED_MAX_MM if posture.truncated else MAX_HALF_WIDTH_MM * (0.93 if self.female else 1.0)
+        self.outer_width = min(width, widest)
         depth = 0.425 * float(extent_mm[1]) * fill * (0.96 if self.female else 1.0)
         if posture.truncated:
             depth *= 1.08

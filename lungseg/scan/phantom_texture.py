@@ -16,20 +16,20 @@ from lungseg.scan.phantom_disease import Diseases
 from lungseg.scan.phantom_noise import smooth_noise
 from lungseg.tissue import Tissue
 
-HEALTHY_HU = -880.0
+HEALTHY_HU = -878.0
 """Parenchyma between visible vessels; vessels and airway walls raise the mean of the lung to about -830."""
 GRAVITY_HU = (60.0, 100.0)
 """Dependent lung is denser by this much from front to back (METHOD 6: up to 200 HU, less in inspiration)."""
-EMPHYSEMA_HU, HOLE_HU, BULLA_HU, BULLA_WALL_HU = -905.0, -985.0, -995.0, -600.0
-HOLE_PERIOD_MM, HOLE_RADIUS_MM = 7.5, (1.5, 5.0)
+EMPHYSEMA_HU, HOLE_HU, BULLA_HU, BULLA_WALL_HU = -893.0, -994.0, -997.0, -640.0
+HOLE_PERIOD_MM, HOLE_RADIUS_MM = 7.5, (2.2, 5.5)
 """Centrilobular holes: distance of lobule centres and radius, so 3 to 10 mm wide."""
 BULLA_MM, BULLA_DEPTH_MM = 15.0, 14.0
 """Paraseptal bullae: width, and how far below the pleura they reach."""
 GGO_HU = -625.0
-FIBROSIS_HU, MESH_HU, CYST_HU = -690.0, -60.0, -945.0
+FIBROSIS_HU, MESH_HU, CYST_HU = -705.0, -90.0, -955.0
 HONEYCOMB_DEPTH_MM = 13.0
 """Next to the pleura cells of the network turn into honeycomb cysts."""
-CONSOLIDATION_HU = 20.0
+CONSOLIDATION_HU = 40.0
 CAVITY_HU = -985.0
 MEAN_SD_HU = 12.0
 """Spread of the class means between seeds; cut at 20 HU."""
@@ -90,7 +90,7 @@ def _emphysema(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.nda
     holes = np.zeros(region.size, dtype=np.float32)
     if index.size:
         seeds = _jittered(region.shape, noise.spacing_mm, HOLE_PERIOD_MM, rng)
-        radius = np.exp(rng.uniform(*np.log(HOLE_RADIUS_MM), size=len(seeds))) * (rng.random(len(seeds)) < 0.85)
+        radius = np.exp(rng.uniform(*np.log(HOLE_RADIUS_MM), size=len(seeds))) * (rng.random(len(seeds)) < 0.9)
         distance, nearest = cKDTree(seeds).query(_points(index, region.shape, noise.spacing_mm))
         grown = radius[nearest] + (0.7 * noise(3.0) + 0.9 * noise(16.0)).ravel()[index]
         holes[index] = np.clip((grown - distance) / 1.2 + 0.5, 0.0, 1.0)
@@ -104,7 +104,7 @@ def _emphysema(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.nda
 
 def _ggo(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.ndarray:
     """Haze: cloudy over centimetres, faintly granular, some regions with fine septal lines (crazy paving)."""
-    hu = noise.mean(GGO_HU) + 0.6 * gravity + 60.0 * noise(16.0) + 45.0 * noise(6.0) + 32.0 * noise(2.4)
+    hu = noise.mean(GGO_HU) + 0.6 * gravity + 48.0 * noise(16.0) + 38.0 * noise(6.0) + 30.0 * noise(2.4)
     lines, _ = _mesh(noise, region, period_mm=7.0, width_mm=1.0)
     painted: np.ndarray = hu + 120.0 * np.clip(noise(20.0), 0.0, 1.5) * lines
     return painted
@@ -114,9 +114,9 @@ def _fibrosis(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.ndar
     """Network of septa 1 to 3 mm thick over mild haze; at the pleura honeycomb cysts of 3 to 10 mm in layers."""
     rng = noise.rng
     background = noise.mean(FIBROSIS_HU) + 0.6 * gravity + 60.0 * noise(9.0) + 35.0 * noise(2.6)
-    lines, cells = _mesh(noise, region, period_mm=float(rng.uniform(5.5, 8.0)), width_mm=float(rng.uniform(1.6, 2.4)))
+    lines, cells = _mesh(noise, region, period_mm=float(rng.uniform(5.5, 8.0)), width_mm=float(rng.uniform(1.3, 2.0)))
     depth = noise.lung_mm + 3.0 * noise(9.0)
-    is_cyst = np.append(False, rng.random(int(cells.max()) + 1) < 0.75)  # cell 0 is no cell
+    is_cyst = np.append(False, rng.random(int(cells.max()) + 1) < 0.85)  # cell 0 is no cell
     shallow = (depth < HONEYCOMB_DEPTH_MM) & is_cyst[cells]
     hu = np.where(shallow, np.float32(CYST_HU), background)
     line_hu = noise.mean(MESH_HU) + 70.0 * noise(6.0)
@@ -127,7 +127,7 @@ def _fibrosis(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.ndar
 def _consolidation(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.ndarray:
     """Airless lung, slightly uneven, with lobules that still hold some air."""
     hu = noise.mean(CONSOLIDATION_HU) + 14.0 * noise(6.0) + 12.0 * noise(2.5)
-    partly = np.clip((noise(11.0) + 0.5 * noise(4.0) - 1.0) / 0.8, 0.0, 1.0)
+    partly = np.clip((noise(11.0) + 0.5 * noise(4.0) - 1.2) / 0.8, 0.0, 1.0)
     painted: np.ndarray = hu + partly * (-480.0 - hu)
     return painted
 

@@ -11,7 +11,7 @@ from lungseg.scan.phantom_anatomy import Chest
 from lungseg.scan.phantom_noise import smooth_noise
 from lungseg.scan.phantom_tubes import Tubes, companions, draw_tubes, grow_tree
 
-LEAVES_PER_ML = 1.1
+LEAVES_PER_ML = 1.0
 MIN_LEAVES, MAX_LEAVES = 150, 1500
 """Ends of one vessel tree: by the volume of the lung, within bounds that keep a phantom in seconds."""
 MARGIN_MM = 2.5
@@ -50,7 +50,7 @@ def grow_trees(chest: Chest, rngs: dict[int, np.random.Generator], airless: np.n
         for shift in (8.0, -8.0):  # arteries above veins
             ends = (inside[rng.integers(len(inside), size=num_leaves)] + 0.5) * np.asarray(chest.spacing_mm)
             start = root + np.array([shift * chest.scale, -shift * 0.5 * chest.scale, 0.0])
-            tree = grow_tree(start, ends, leaf_mm=0.40 + 0.12 * chest.scale, rng=rng)
+            tree = grow_tree(start, ends, leaf_mm=0.39 + 0.11 * chest.scale, rng=rng)
             vessels.append(tree)
             if shift > 0:
                 angle = float(rng.uniform(0.0, 6.28))

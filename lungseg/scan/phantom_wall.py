@@ -118,7 +118,7 @@ def _shoulder_girdle(hu: np.ndarray, grid: Grid, deep: np.ndarray, person: Perso
         unite_tube(bone, grid, inner, outer, 5.0 * s)
         # A blade is a fan of thin rods from its lower tip to its upper edge.
         tip = np.array([0.52 * person.height, 0.86 * person.depth, sign * 0.62 * person.width]) + person.corner
-        for part in np.linspace(0.0, 1.0, 9):
+        for part in np.linspace(0.0, 1.0, 25):
             edge = np.array(
                 [0.88 * person.height, (0.90 - 0.42 * part) * person.depth, sign * (0.45 + 0.53 * part) * person.width]
             )
