@@ -7,11 +7,12 @@ as in ``volume.py``. Needs numpy and scipy only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
+from lungseg.config.phantom import DISEASES
 from lungseg.errors import InputError
 from lungseg.scan.phantom_anatomy import Chest, build_chest
 from lungseg.scan.phantom_disease import SEVERITY_SHARE, Diseases, place_diseases
@@ -32,8 +33,6 @@ from lungseg.scan.phantom_wall import AIR
 from lungseg.scan.volume import AIR_HU, Geometry, Triple
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT, Tissue
 
-DISEASES = ("emphysema", "ggo", "fibrosis", "consolidation")
-"""Names a phantom's ``diseases`` may hold."""
 VARIANTS = {
     "equal-hu": "ground glass and fibrosis have the same mean HU: only texture tells them apart",
     "large-consolidation": "one consolidation at the pleura wider than 3 cm (always there in severe phantoms)",
@@ -292,8 +291,3 @@ def _paint(
     hu += (1.0 - share) * chest.body_hu
     hu += chest.trachea_lumen * (AIR + 5.0 - hu)
     return hu, haze * share
-
-
-def with_diseases(spec: PhantomSpec, severity: str) -> PhantomSpec:
-    """``spec`` at another severity, with all diseases (none if healthy)."""
-    return replace(spec, severity=severity, diseases=() if severity == "healthy" else DISEASES)

@@ -7,6 +7,7 @@ Coordinates as in ``phantom_person.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage
@@ -19,7 +20,6 @@ from lungseg.scan.phantom_person import (
     ellipse,
     ellipsoid,
     smooth_max,
-    smooth_step,
 )
 from lungseg.scan.phantom_tubes import Grid, unite_tube
 from lungseg.scan.phantom_wall import AIR, BLOOD, FAT, LIVER, MUSCLE, WATER, draw_spine, wall_hu
@@ -81,7 +81,7 @@ def build_chest(
     shape: tuple[int, int, int],
     spacing_mm: tuple[float, float, float],
     rng: np.random.Generator,
-    posture: Posture = Posture(),
+    posture: Posture,
 ) -> Chest:
     """Chest that fills the grid, its proportions drawn from ``rng``."""
     grid = Grid(shape, spacing_mm)
@@ -157,25 +157,25 @@ def _heart(z: np.ndarray, y: np.ndarray, x: np.ndarray, person: Person) -> np.nd
 
 
 def _great_vessels(grid: Grid, person: Person) -> np.ndarray:
-    """Aorta with arch and branches, pulmonary arteries, caval vein and oesophagus; -20 away from them."""
+    """Aorta with arch and branches, pulmonary arteries and veins, caval veins and oesophagus; -20 away from them.
+
+    Paths are points (share of the height, y, x): our drawing, after any atlas of the chest.
+    """
     s, h, d, w = person.scale, person.height, person.depth, person.width
     behind = person.spine_y - 18.0 * s
-    left_of_spine = 17.0 * s
-    arch = 0.69 * h
     aorta = [(0.40, -0.20 * d, 0.02 * w), (0.52, -0.30 * d, -0.05 * w), (0.62, -0.28 * d, -0.04 * w)]
-    steps = np.linspace(0.0, 1.0, 6)[1:]
-    top = [
-        (arch / h - 0.07 * (2 * p - 1) ** 2 + 0.0, (-0.28 * d) * (1 - p) + behind * p, -0.04 * w * (1 - p) + left_of_spine * p)
-        for p in steps
+    arch = [
+        (0.69 - 0.07 * (2.0 * p - 1.0) ** 2, (1.0 - p) * -0.28 * d + p * behind, (1.0 - p) * -0.04 * w + p * 17.0 * s)
+        for p in np.linspace(0.0, 1.0, 6)[1:]
     ]
     down = [(0.40, behind + 2.0 * s, 15.0 * s), (-0.05, behind + 6.0 * s, 7.0 * s)]
     hila = {side: person.hilum(side) for side in (LUNG_LEFT, LUNG_RIGHT)}
     trunk = (0.56, -0.22 * d, 0.11 * w)
     right, left = ((hila[side][0] / h, hila[side][1], 1.1 * hila[side][2]) for side in (LUNG_RIGHT, LUNG_LEFT))
     paths: list[tuple[float, list[tuple[float, float, float]]]] = [
-        (person.aorta * 1.1, aorta + top[:1]),
-        (person.aorta * 0.95, top),
-        (person.aorta * 0.85, [top[-1], *down]),
+        (person.aorta * 1.1, aorta + arch[:1]),
+        (person.aorta * 0.95, arch),
+        (person.aorta * 0.85, [arch[-1], *down]),
         (13.0 * s, [(0.46, -0.36 * d, 0.12 * w), trunk]),
         (10.5 * s, [trunk, (0.565, 0.0, 0.05 * w), right]),
         (10.5 * s, [trunk, (0.575, 0.0, 0.2 * w), left]),
@@ -186,13 +186,14 @@ def _great_vessels(grid: Grid, person: Person) -> np.ndarray:
         (4.5 * s, [(0.69, 0.10 * d, 0.11 * w), (0.93, 0.05 * d, 0.22 * w)]),
         (10.0 * s, [(0.38, 0.05 * d, 0.0), (0.43, 0.08 * d, -0.24 * w)]),
         (10.0 * s, [(0.38, 0.05 * d, 0.0), (0.44, 0.10 * d, 0.24 * w)]),
-        (7.0 * s, [(1.05, behind - 2.0 * s, 3.0 * s), (0.4, behind - 6.0 * s, 2.0 * s), (0.1, behind - 6.0 * s, 8.0 * s)]),
+        (7.0 * s, [(1.05, behind - 2.0 * s, 3.0 * s), (0.4, behind - 6.0 * s, 2.0 * s)]),
+        (7.0 * s, [(0.4, behind - 6.0 * s, 2.0 * s), (0.1, behind - 6.0 * s, 8.0 * s)]),
         (11.0 * s, [(0.30, -0.02 * d, -0.16 * w), (0.05, 0.04 * d, -0.18 * w)]),
     ]  # fmt: skip
     field = np.full(grid.shape, -20.0, dtype=np.float32)
     for radius, path in paths:
         points = [np.array([t * h, py, px]) + person.corner for t, py, px in path]
-        for start, stop in zip(points[:-1], points[1:], strict=True):
+        for start, stop in pairwise(points):
             unite_tube(field, grid, start, stop, radius, reach_mm=PLEURA_REACH_MM)
     return field
 

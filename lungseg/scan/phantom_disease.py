@@ -72,7 +72,7 @@ class _Lattice:
 
     def noise(self, knot_mm: float, rng: np.random.Generator) -> np.ndarray:
         """Smooth noise on the lattice."""
-        return smooth_noise(self.lung.shape, (LATTICE_MM,) * 3, knot_mm=knot_mm, rng=rng)  # type: ignore[arg-type]
+        return smooth_noise(self.lung.shape, (LATTICE_MM,) * 3, knot_mm=knot_mm, rng=rng)
 
 
 def place_diseases(
@@ -241,9 +241,7 @@ def _stamp(field: np.ndarray, free: np.ndarray, centre: np.ndarray, radii_mm: np
     return float(gained)
 
 
-def _prior(
-    tissue: Tissue, lattice: _Lattice, index: tuple[np.ndarray, ...], rng: np.random.Generator
-) -> np.ndarray:
+def _prior(tissue: Tissue, lattice: _Lattice, index: tuple[np.ndarray, ...], rng: np.random.Generator) -> np.ndarray:
     """How likely a lesion starts at a point: usual distribution of each disease (general knowledge)."""
     cranial, dorsal, depth = lattice.cranial[index], lattice.dorsal[index], lattice.depth_mm[index]
     if tissue == Tissue.EMPHYSEMA:  # centrilobular: upper lobes; one in five is basal (panlobular)
@@ -293,8 +291,8 @@ def _draw_ball(
     axes = ((np.arange(a, b) - c) * s for a, b, c, s in zip(low, high, centre, chest.spacing_mm, strict=True))
     z, y, x = np.ix_(*axes)
     distance = np.sqrt(z**2 + y**2 + x**2)
-    shape: tuple[int, int, int] = distance.shape  # type: ignore[assignment]
-    distance = distance + 0.12 * radius_mm * smooth_noise(shape, chest.spacing_mm, knot_mm=0.6 * radius_mm + 1.5, rng=rng)
+    uneven = smooth_noise(distance.shape, chest.spacing_mm, knot_mm=0.6 * radius_mm + 1.5, rng=rng)
+    distance = distance + 0.12 * radius_mm * uneven
     share = np.clip((radius_mm - distance) / 1.2 + 0.5, 0.0, 1.0).astype(np.float32)
     share *= chest.sides[box] > 0
     np.maximum(weights[tissue][box], share, out=weights[tissue][box])

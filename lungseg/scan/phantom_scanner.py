@@ -155,8 +155,7 @@ def slice_profile(array: np.ndarray, factor: int, thickness: float) -> np.ndarra
 def outside_circle(geometry: Geometry) -> np.ndarray:
     """Pixels outside the circle of reconstruction that touches the far edges of a slice; bool (Y, X)."""
     y, x = (
-        (np.arange(n) - 0.5 * (n - 1)) * s
-        for n, s in zip(geometry.shape[1:], geometry.spacing_mm[1:], strict=True)
+        (np.arange(n) - 0.5 * (n - 1)) * s for n, s in zip(geometry.shape[1:], geometry.spacing_mm[1:], strict=True)
     )
     radius = 0.5 * max(geometry.extent_mm[1:])
     outside: np.ndarray = y[:, None] ** 2 + x[None, :] ** 2 > radius**2

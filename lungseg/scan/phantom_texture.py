@@ -43,7 +43,7 @@ class _Noise:
         self.lung_mm = chest.lung_mm if box is None else chest.lung_mm[box]
 
     def __call__(self, knot_mm: float) -> np.ndarray:
-        return smooth_noise(self.lung_mm.shape, self.spacing_mm, knot_mm=knot_mm, rng=self.rng)  # type: ignore[arg-type]
+        return smooth_noise(self.lung_mm.shape, self.spacing_mm, knot_mm=knot_mm, rng=self.rng)
 
     def mean(self, hu: float) -> float:
         """A class mean of this seed."""
@@ -90,7 +90,8 @@ def _emphysema(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.nda
     holes = np.zeros(region.size, dtype=np.float32)
     if index.size:
         seeds = _jittered(region.shape, noise.spacing_mm, HOLE_PERIOD_MM, rng)
-        radius = np.exp(rng.uniform(*np.log(HOLE_RADIUS_MM), size=len(seeds))) * (rng.random(len(seeds)) < 0.9)
+        low, high = np.log(HOLE_RADIUS_MM)
+        radius = np.exp(rng.uniform(low, high, size=len(seeds))) * (rng.random(len(seeds)) < 0.9)
         distance, nearest = cKDTree(seeds).query(_points(index, region.shape, noise.spacing_mm))
         grown = radius[nearest] + (0.7 * noise(3.0) + 0.9 * noise(16.0)).ravel()[index]
         holes[index] = np.clip((grown - distance) / 1.2 + 0.5, 0.0, 1.0)

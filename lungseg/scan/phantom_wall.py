@@ -31,7 +31,12 @@ def wall_hu(grid: Grid, person: Person, rng: np.random.Generator) -> np.ndarray:
     fat = skin_mm < person.fat * flank + 1.0 * s * patchy
     # Sheets of fat between layers of muscle, and fat with muscles in it where the wall is thick (armpit, shoulder).
     layer = (wall_mm + 1.6 * s * patchy) / (8.5 * s)
-    sheet = (np.abs(layer - np.floor(layer) - 0.5) * 8.5 * s < 0.55) & (patchy > -0.1) & (wall_mm > 8.0 * s) & (wall_mm < 24.0 * s)
+    sheet = (
+        (np.abs(layer - np.floor(layer) - 0.5) * 8.5 * s < 0.55)
+        & (patchy > -0.1)
+        & (wall_mm > 8.0 * s)
+        & (wall_mm < 24.0 * s)
+    )
     armpit = (wall_mm > 17.0 * s) & (np.abs(x) > 0.55 * person.width) & (patchy < 0.35)
     fat |= sheet | armpit
     back = (np.abs(x) < 0.36 * person.width) & (y > person.spine_y + 8.0 * s) & (skin_mm > 0.6 * person.fat)
@@ -71,9 +76,7 @@ def _skin(z: np.ndarray, y: np.ndarray, x: np.ndarray, person: Person) -> np.nda
     return result
 
 
-def _ribs(
-    hu: np.ndarray, z: np.ndarray, y: np.ndarray, x: np.ndarray, wall_mm: np.ndarray, person: Person
-) -> None:
+def _ribs(hu: np.ndarray, z: np.ndarray, y: np.ndarray, x: np.ndarray, wall_mm: np.ndarray, person: Person) -> None:
     """Ribs fall from the spine to the front; their cartilage climbs to the sternum. Drawn into ``hu``."""
     s, pitch = person.scale, person.rib_pitch
     angle = np.arctan2(np.abs(x), y - person.cage_y)  # 0 at the back, pi in front; (1, Y, X)
@@ -92,9 +95,7 @@ def _ribs(
     hu.ravel()[index[inside]] = value[inside]
 
 
-def _sternum(
-    hu: np.ndarray, z: np.ndarray, y: np.ndarray, x: np.ndarray, wall_mm: np.ndarray, person: Person
-) -> None:
+def _sternum(hu: np.ndarray, z: np.ndarray, y: np.ndarray, x: np.ndarray, wall_mm: np.ndarray, person: Person) -> None:
     """Body of the sternum and the wider manubrium above it. Drawn into ``hu``."""
     s = person.scale
     half = 14.0 * s + 9.0 * s * smooth_step(z / person.height, 0.66, 0.74)
