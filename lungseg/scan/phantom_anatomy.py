@@ -29,7 +29,7 @@ PLEURA_REACH_MM = 14.0
 """Depth below the pleura counts great vessels up to this distance."""
 SEPTUM_MM = 1.3
 """Half of the thinnest wall between the lungs, in front of the heart."""
-MIDLINE_MM = 2.0
+MIDLINE_MM = 4.0
 """How far to the left the mediastinum lies in a reference adult."""
 
 
@@ -139,7 +139,7 @@ def _diaphragm(y: np.ndarray, x: np.ndarray, side: int, person: Person) -> np.nd
 
 def _heart(z: np.ndarray, y: np.ndarray, x: np.ndarray, person: Person) -> np.ndarray:
     """Heart with its long axis to the left and front, and the right atrium."""
-    centre = np.array([0.335 * person.height, -0.25 * person.depth, 0.19 * person.width])
+    centre = np.array([0.335 * person.height, -0.25 * person.depth, 0.22 * person.width])
     cosine, sine = np.cos(person.heart_angle), np.sin(person.heart_angle)
     dz, dy, dx = z - centre[0], y - centre[1], x - centre[2]
     long = dx * cosine - dy * sine
@@ -294,8 +294,8 @@ def _abdomen_hu(
     liver = organ & (x + edge < 0.16 * person.width - 0.1 * y) & (y < 0.62 * person.depth)
     spleen = organ & (x > 0.45 * person.width + edge) & (y > 0.15 * person.depth)
     stomach = ellipsoid(
-        z - person.recess - 0.30 * person.dome[LUNG_LEFT], y + 0.15 * person.depth, x - 0.46 * person.width,
-        (0.5 * person.dome[LUNG_LEFT], 0.45 * person.depth, 0.26 * person.width),
+        z - person.recess - 0.38 * person.dome[LUNG_LEFT], y + 0.15 * person.depth, x - 0.46 * person.width,
+        (0.46 * person.dome[LUNG_LEFT], 0.45 * person.depth, 0.26 * person.width),
     ) + 0.5 * edge  # fmt: skip
     hu = np.where(organ & (patchy > 0.8), np.float32(MUSCLE - 15.0), hu)
     hu = np.where(liver, np.float32(LIVER), hu)

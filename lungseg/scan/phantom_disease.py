@@ -35,7 +35,7 @@ MIN_PIECE_ML = 0.3
 """Smaller islands of a disease are given back to healthy lung."""
 ORDER = (Tissue.CONSOLIDATION, Tissue.FIBROSIS, Tissue.EMPHYSEMA, Tissue.GGO)
 """Diseases with the strictest sites choose first."""
-SOFTNESS = {Tissue.CONSOLIDATION: 0.14, Tissue.FIBROSIS: 0.30, Tissue.EMPHYSEMA: 0.22, Tissue.GGO: 0.24}
+SOFTNESS = {Tissue.CONSOLIDATION: 0.14, Tissue.FIBROSIS: 0.30, Tissue.EMPHYSEMA: 0.15, Tissue.GGO: 0.24}
 """Half-width of the border over which a disease fades into its surroundings, in units of the field (1 is a radius)."""
 FAR = 9.0
 """Value of a field away from every lesion."""
@@ -59,6 +59,8 @@ class Diseases:
 class _Lattice:
     """Lung points of the coarse lattice in words of anatomy; arrays of the lattice's shape."""
 
+    picks: tuple[np.ndarray, ...]
+    """Index of the nearest voxel of the grid, for :func:`numpy.ix_`."""
     lung: np.ndarray
     depth_mm: np.ndarray
     cranial: np.ndarray
@@ -96,18 +98,21 @@ def place_diseases(
     if shares and labels.any():
         lattice = _lattice(chest, rng)
         free = lattice.lung.copy()
-        num_lung = int(free.sum())
+        num_lung, num_voxels = int(free.sum()), int((labels > 0).sum())
         for tissue in (tissue for tissue in ORDER if tissue in shares):
             large = large_consolidation and tissue == Tissue.CONSOLIDATION
             field = _field(lattice, tissue, free, shares[tissue] * num_lung, chest.scale, large, rng)
             wanted = min(shares[tissue] * num_lung / max(int(free.sum()), 1), 0.9)
-            level = float(np.quantile(field[free], wanted))
-            taken = _drop_islands(free & (field < level), (LATTICE_MM,) * 3)
-            field[free & (field < level) & ~taken] = level + 0.5
-            free &= ~taken
-            distance = spread_knots(field - np.float32(level), labels.shape, chest.spacing_mm, knot_mm=LATTICE_MM)
-            weights[tissue] = np.clip(0.5 - distance / np.float32(2.0 * SOFTNESS[tissue]), 0.0, 1.0)
-            labels[(labels == Tissue.HEALTHY) & (distance < 0)] = tissue
+            near = free & (field < float(np.quantile(field[free], wanted)))
+            field[near & ~_drop_islands(near)] = FAR
+            field = spread_knots(field, labels.shape, chest.spacing_mm, knot_mm=LATTICE_MM)
+            # The lattice is too coarse to count by: the level that gives the share is found on the voxels.
+            healthy = labels == Tissue.HEALTHY
+            wanted = min(shares[tissue] * num_voxels / max(int(healthy.sum()), 1), 0.9)
+            field -= np.float32(np.quantile(field[healthy], wanted))
+            weights[tissue] = np.clip(0.5 - field / np.float32(2.0 * SOFTNESS[tissue]), 0.0, 1.0)
+            labels[healthy & (field < 0)] = tissue
+            free = lattice.lung & (labels[lattice.picks] == Tissue.HEALTHY)
     if nodules:
         for _ in range(int(rng.integers(*NUM_NODULES))):
             radius = float(np.exp(rng.uniform(*np.log(NODULE_RADIUS_MM)))) * chest.scale
@@ -165,6 +170,7 @@ def _lattice(chest: Chest, rng: np.random.Generator) -> _Lattice:
         lobule[lung] = values[cKDTree(seeds).query(points)[1]]
     medial = np.clip(1.0 - 2.0 * np.abs(chest.x_mm[0, 0, picks[2]]) / chest.half_width_mm, 0.0, 1.0)
     return _Lattice(
+        grid,
         lung,
         chest.lung_mm[grid],
         cranial,
@@ -244,22 +250,22 @@ def _stamp(field: np.ndarray, free: np.ndarray, centre: np.ndarray, radii_mm: np
 def _prior(tissue: Tissue, lattice: _Lattice, index: tuple[np.ndarray, ...], rng: np.random.Generator) -> np.ndarray:
     """How likely a lesion starts at a point: usual distribution of each disease (general knowledge)."""
     cranial, dorsal, depth = lattice.cranial[index], lattice.dorsal[index], lattice.depth_mm[index]
-    if tissue == Tissue.EMPHYSEMA:  # centrilobular: upper lobes; one in five is basal (panlobular)
-        height = 1.0 - cranial if rng.random() < 0.2 else cranial
-        return 0.03 + height**3
+    if tissue == Tissue.EMPHYSEMA:  # centrilobular: upper lobes; one in seven is basal (panlobular)
+        height = 1.0 - cranial if rng.random() < 0.15 else cranial
+        return 0.01 + height**4
     if tissue == Tissue.CONSOLIDATION:  # dependent, lower zones
         return 0.02 + (0.1 + dorsal) ** 2 * (1.1 - cranial)
     return 0.1 + np.exp(-depth / 15.0) * (0.4 + dorsal)  # GGO: patchy, mostly peripheral
 
 
-def _drop_islands(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
-    """``mask`` without pieces below ``MIN_PIECE_ML``; the largest piece always stays."""
+def _drop_islands(mask: np.ndarray) -> np.ndarray:
+    """``mask`` on the lattice without pieces below ``MIN_PIECE_ML``; the largest piece always stays."""
     pieces, count = ndimage.label(mask)
     if count == 0:
         return mask
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    keep = sizes * float(np.prod(spacing_mm)) / 1000.0 >= MIN_PIECE_ML
+    keep = sizes * LATTICE_MM**3 / 1000.0 >= MIN_PIECE_ML
     keep[sizes.argmax()] = True
     kept: np.ndarray = keep[pieces]
     return kept

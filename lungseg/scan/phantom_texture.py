@@ -20,7 +20,7 @@ HEALTHY_HU = -878.0
 """Parenchyma between visible vessels; vessels and airway walls raise the mean of the lung to about -830."""
 GRAVITY_HU = (60.0, 100.0)
 """Dependent lung is denser by this much from front to back (METHOD 6: up to 200 HU, less in inspiration)."""
-EMPHYSEMA_HU, HOLE_HU, BULLA_HU, BULLA_WALL_HU = -893.0, -994.0, -997.0, -640.0
+EMPHYSEMA_HU, HOLE_HU, BULLA_HU, BULLA_WALL_HU = -896.0, -994.0, -997.0, -640.0
 HOLE_PERIOD_MM, HOLE_RADIUS_MM = 7.5, (2.2, 5.5)
 """Centrilobular holes: distance of lobule centres and radius, so 3 to 10 mm wide."""
 BULLA_MM, BULLA_DEPTH_MM = 15.0, 14.0
@@ -91,7 +91,7 @@ def _emphysema(noise: _Noise, gravity: np.ndarray, region: np.ndarray) -> np.nda
     if index.size:
         seeds = _jittered(region.shape, noise.spacing_mm, HOLE_PERIOD_MM, rng)
         low, high = np.log(HOLE_RADIUS_MM)
-        radius = np.exp(rng.uniform(low, high, size=len(seeds))) * (rng.random(len(seeds)) < 0.9)
+        radius = np.exp(rng.uniform(low, high, size=len(seeds))) * (rng.random(len(seeds)) < 0.95)
         distance, nearest = cKDTree(seeds).query(_points(index, region.shape, noise.spacing_mm))
         grown = radius[nearest] + (0.7 * noise(3.0) + 0.9 * noise(16.0)).ravel()[index]
         holes[index] = np.clip((grown - distance) / 1.2 + 0.5, 0.0, 1.0)

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from lungseg.errors import InputError
 from lungseg.scan.phantom import DISEASES, Phantom, PhantomSpec, block_mean, make_phantom
-from lungseg.scan.phantom_noise import ct_noise, smooth_noise
+from lungseg.scan.phantom_noise import smooth_noise
+from lungseg.scan.phantom_scanner import ct_noise
 from lungseg.scan.phantom_tubes import Tubes, companions, draw_tubes, grow_tree
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT, Tissue
 
