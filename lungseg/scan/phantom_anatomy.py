@@ -102,7 +102,8 @@ def build_chest(
     airway_mm = _main_airways(grid, person)
     wall_mm = 1.0 + 0.4 * person.scale
     floor_mm = (np.where(x > 0, diaphragm[LUNG_LEFT], diaphragm[LUNG_RIGHT]) + wave).astype(np.float32)
-    lung_mm = np.minimum(cage_mm - 1.0, -middle_mm)
+    # Corners between ribs and mediastinum are round.
+    lung_mm = -smooth_max(1.0 - cage_mm, middle_mm, 11.0 * person.scale)
     # Half the slope of a dome lies off the vertical: 0.8 turns the height above it roughly into a distance.
     lung_mm = np.minimum(lung_mm, 0.8 * (z - floor_mm))
     lung_mm = np.minimum(lung_mm, -airway_mm - wall_mm).astype(np.float32, copy=False)

@@ -20,6 +20,8 @@ MAX_HALF_WIDTH_MM, MAX_HALF_DEPTH_MM, MAX_HEIGHT_MM = 195.0, 135.0, 330.0
 """A larger field of view shows more air around the body, not a larger body."""
 FAT_MM = (4.0, 26.0)
 """Subcutaneous fat of a slim and of an obese reference adult (general knowledge)."""
+FEMALE_SIZE = 0.94
+"""Width and depth of a woman's chest against a man's (general knowledge)."""
 ARMS_DOWN_WIDTH = 0.74
 """Width left to the trunk when the arms lie beside it."""
 TRUNCATED_WIDTH, TRUNCATED_MAX_MM = 1.32, 235.0
@@ -48,7 +50,7 @@ class Person:
         self.extent = extent_mm
         # Habitus: most people are in between; drawn before sizes so that fat takes room from the lungs.
         fat = FAT_MM[0] + (FAT_MM[1] - FAT_MM[0]) * float(rng.beta(1.6, 3.0))
-        fill = vary(0.93, 1.0) * (1.0 if posture.table else 1.02)
+        fill = vary(0.93, 1.0) * (1.0 if posture.table else 1.02) * (FEMALE_SIZE if self.female else 1.0)
         self.height = min(float(extent_mm[0]), MAX_HEIGHT_MM)
         self.base = (float(extent_mm[0]) - self.height) / 2.0
         width = 0.485 * float(extent_mm[2]) * fill
@@ -56,9 +58,9 @@ class Person:
             width *= ARMS_DOWN_WIDTH
         if posture.truncated:
             width *= TRUNCATED_WIDTH
-        widest = TRUNCATED_MAX_MM if posture.truncated else MAX_HALF_WIDTH_MM * (0.93 if self.female else 1.0)
+        widest = TRUNCATED_MAX_MM if posture.truncated else MAX_HALF_WIDTH_MM * (FEMALE_SIZE if self.female else 1.0)
         self.outer_width = min(width, widest)
-        depth = 0.425 * float(extent_mm[1]) * fill * (0.96 if self.female else 1.0)
+        depth = 0.425 * float(extent_mm[1]) * fill
         if posture.truncated:
             depth *= 1.08
         self.outer_depth = min(depth, MAX_HALF_DEPTH_MM, 0.80 * self.outer_width)
@@ -82,7 +84,7 @@ class Person:
         self.carina = self.height * vary(0.59, 0.63)
         self.airway = 8.6 * s * vary(0.9, 1.1) * (0.92 if self.female else 1.0)
         self.aorta = 13.5 * s * vary(0.88, 1.15)
-        self.spine_y = self.cage_y + vary(0.44, 0.50) * self.depth
+        self.spine_y = self.cage_y + vary(0.40, 0.46) * self.depth
         self.rib_pitch = vary(24.0, 28.0) * s
         self.rib_phase = vary(0.0, 1.0)
         self.breast = self.fat * vary(0.6, 1.4) + 6.0 * s if self.female else 0.0
