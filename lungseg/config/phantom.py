@@ -28,7 +28,7 @@ class PhantomConfig:
         "dicom", "Series of DICOM files, image files, or a patch store at once.", choices=("dicom", "nifti", "store")
     )
     severity: str = option("moderate", "Share of diseased lung; mixed: each in turn.", choices=(*SEVERITIES, MIXED))
-    diseases: tuple[str, ...] = option(DISEASES, "Diseases of phantoms that are not healthy.", choices=DISEASES)
+    diseases: tuple[str, ...] = option(DISEASES, "Diseases of phantoms that are not healthy.")
     kernel: str = option("standard", "Reconstruction kernel.", choices=("soft", "standard", "sharp"))
     dose: str = option(
         "standard", "Dose: a quarter, one, two and a half; noise goes with 1/sqrt.", choices=("low", "standard", "high")
@@ -45,7 +45,7 @@ class PhantomConfig:
     noise_hu: float = option(
         30.0, "Noise of the standard kernel and dose in slices of 2 mm (SD).", unit="HU", minimum=0, maximum=300
     )
-    variants: tuple[str, ...] = option((), "What is unusual: " + ", ".join(VARIANTS) + ".", choices=VARIANTS)
+    variants: tuple[str, ...] = option((), f"Unusual: {', '.join(VARIANTS)}.")
     store_spacing_mm: float = option(
         PreprocessConfig.spacing_mm, "Isotropic spacing of a patch store.", unit="mm", minimum=0.3, maximum=10
     )
@@ -63,7 +63,11 @@ class PhantomConfig:
     def check(self) -> list[str]:
         """Conflicts between fields, in words."""
         problems = []
-        for name, given in (("--diseases", self.diseases), ("--variants", self.variants)):
+        for name, given, known in (
+            ("--diseases", self.diseases, DISEASES),
+            ("--variants", self.variants, VARIANTS),
+        ):
+            problems += [f"{name}: '{word}' is not one of {', '.join(known)}" for word in given if word not in known]
             if len(set(given)) != len(given):
                 problems.append(f"{name}: each name once, not {','.join(given)}")
         if not self.diseases and self.severity != SEVERITIES[0]:

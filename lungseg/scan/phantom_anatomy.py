@@ -27,7 +27,9 @@ from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 PLEURA_REACH_MM = 14.0
 """Depth below the pleura counts great vessels up to this distance."""
-SEPTUM_MM = 1.3
+AIRWAY_WALL_MM = 1.8
+"""Wall of trachea and main bronchi (1 to 3 mm, general knowledge), in small chests too."""
+SEPTUM_MM = 2.0
 """Half of the thinnest wall between the lungs, in front of the heart."""
 MIDLINE_MM = 4.0
 """How far to the left the mediastinum lies in a reference adult."""
@@ -100,7 +102,7 @@ def build_chest(
     wave = 0.8 * person.scale * smooth_noise(shape, spacing_mm, knot_mm=25.0, rng=rng)[0]
 
     airway_mm = _main_airways(grid, person)
-    wall_mm = 1.0 + 0.4 * person.scale
+    wall_mm = AIRWAY_WALL_MM
     floor_mm = (np.where(x > 0, diaphragm[LUNG_LEFT], diaphragm[LUNG_RIGHT]) + wave).astype(np.float32)
     # Corners between ribs and mediastinum are round.
     lung_mm = -smooth_max(1.0 - cage_mm, middle_mm, 11.0 * person.scale)
@@ -207,7 +209,7 @@ def _mediastinum(
     t = z / person.height
     bulge = np.exp(-(((y - 0.02 * person.depth) / (0.30 * person.depth)) ** 2))
     # The lungs nearly touch in front of the heart's vessels; the apices part around the neck.
-    half = s * (2.0 + 19.0 * bulge + 27.0 * np.clip((t - 0.74) / 0.22, 0.0, 1.0) * (1.0 - 0.4 * (1.0 - bulge)))
+    half = s * (2.8 + 19.0 * bulge + 27.0 * np.clip((t - 0.74) / 0.22, 0.0, 1.0) * (1.0 - 0.4 * (1.0 - bulge)))
     core = half - np.abs(x - MIDLINE_MM * s)
     # Fat of the front: a wedge behind the sternum.
     wedge = 15.0 * s - 0.6 * (y + person.depth) - 0.7 * np.abs(x)
@@ -296,13 +298,13 @@ def _abdomen_hu(
     spleen = organ & (x > 0.45 * person.width + edge) & (y > 0.15 * person.depth)
     stomach = ellipsoid(
         z - person.recess - 0.38 * person.dome[LUNG_LEFT], y + 0.15 * person.depth, x - 0.46 * person.width,
-        (0.46 * person.dome[LUNG_LEFT], 0.45 * person.depth, 0.26 * person.width),
+        (0.48 * person.dome[LUNG_LEFT], 0.45 * person.depth, 0.26 * person.width),
     ) + 0.5 * edge  # fmt: skip
     hu = np.where(organ & (patchy > 0.8), np.float32(MUSCLE - 15.0), hu)
     hu = np.where(liver, np.float32(LIVER), hu)
     hu = np.where(spleen, np.float32(LIVER - 10.0), hu)
     level = -person.depth * float(rng.uniform(-0.05, 0.35))
-    lumen = (stomach > 2.5) & (depth_mm > 4.0 + 2.0 * s)
+    lumen = (stomach > 2.5) & (depth_mm > 7.0 + 3.0 * s)
     hu = np.where(organ & (stomach > 0), np.float32(MUSCLE), hu)
     # Supine: gas rises to the front (small y), fluid lies behind it.
     result: np.ndarray = np.where(lumen, np.where(y < level, np.float32(AIR), np.float32(WATER)), hu)

@@ -18,6 +18,8 @@ REFERENCE_HEIGHT_MM = 300.0
 """Adult chest to which the sizes of organs refer; smaller fields of view hold a smaller chest."""
 MAX_HALF_WIDTH_MM, MAX_HALF_DEPTH_MM, MAX_HEIGHT_MM = 195.0, 135.0, 330.0
 """A larger field of view shows more air around the body, not a larger body."""
+MIN_AIRWAY_MM = 4.2
+"""Radius of the narrowest trachea: that of a child of about four years (general knowledge)."""
 FAT_MM = (4.0, 26.0)
 """Subcutaneous fat of a slim and of an obese reference adult (general knowledge)."""
 FEMALE_SIZE = 0.94
@@ -50,7 +52,7 @@ class Person:
         self.extent = extent_mm
         # Habitus: most people are in between; drawn before sizes so that fat takes room from the lungs.
         fat = FAT_MM[0] + (FAT_MM[1] - FAT_MM[0]) * float(rng.beta(1.6, 3.0))
-        fill = vary(0.93, 1.0) * (1.0 if posture.table else 1.02) * (FEMALE_SIZE if self.female else 1.0)
+        fill = vary(0.95, 1.0) * (1.0 if posture.table else 1.02) * (FEMALE_SIZE if self.female else 1.0)
         self.height = min(float(extent_mm[0]), MAX_HEIGHT_MM)
         self.base = (float(extent_mm[0]) - self.height) / 2.0
         width = 0.485 * float(extent_mm[2]) * fill
@@ -70,8 +72,9 @@ class Person:
             * (self.height / REFERENCE_HEIGHT_MM)
         )
         self.scale = s = float(np.clip(ratio ** (1.0 / 3.0), 0.4, 1.15))
-        self.fat = fat * s
-        self.muscle = s * vary(13.0, 17.0) * (0.88 if self.female else 1.0)
+        thin = s**1.25  # small chests have relatively thin walls
+        self.fat = fat * thin
+        self.muscle = thin * vary(13.0, 17.0) * (0.88 if self.female else 1.0)
         self.width = self.outer_width - self.fat - self.muscle
         self.depth = self.outer_depth - 0.8 * self.fat - 0.8 * self.muscle
         self.cage_y = -0.02 * self.outer_depth
@@ -82,7 +85,7 @@ class Person:
         self.heart = vary(0.92, 1.10)
         self.heart_angle = vary(0.55, 0.85)
         self.carina = self.height * vary(0.59, 0.63)
-        self.airway = 8.6 * s * vary(0.9, 1.1) * (0.92 if self.female else 1.0)
+        self.airway = max(9.2 * s * vary(0.9, 1.1) * (0.92 if self.female else 1.0), MIN_AIRWAY_MM)
         self.aorta = 13.5 * s * vary(0.88, 1.15)
         self.spine_y = self.cage_y + vary(0.40, 0.46) * self.depth
         self.rib_pitch = vary(24.0, 28.0) * s

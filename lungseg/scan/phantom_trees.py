@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -16,9 +16,10 @@ MIN_LEAVES, MAX_LEAVES = 150, 1500
 """Ends of one vessel tree: by the volume of the lung, within bounds that keep a phantom in seconds."""
 MARGIN_MM = 2.5
 """Vessels end this far below the pleura: a scan shows none beyond."""
-WALL_MM = 0.8
+WALL_MM, WALL_GROWTH = 0.6, 1.25
+"""Outer radius of a bronchus: so many mm more than so many times the radius of its lumen (walls of 1 to 2 mm)."""
 BRONCHUS_RADIUS_MM = 1.3
-"""Thickness of a bronchial wall; bronchi beside arteries thinner than this are not seen in aerated lung."""
+"""Bronchi beside arteries thinner than this are not seen in aerated lung."""
 BRONCHIOLE_RADIUS_MM = 0.8
 """The same in airless lung: the air bronchogram reaches further out."""
 FISSURE_HU = 170.0
@@ -57,10 +58,11 @@ def grow_trees(chest: Chest, rngs: dict[int, np.random.Generator], airless: np.n
                 bronchi.append(companions(tree, min_radius_mm=BRONCHUS_RADIUS_MM, ratio=0.85, angle=angle))
                 bronchioles.append(companions(tree, min_radius_mm=BRONCHIOLE_RADIUS_MM, ratio=0.9, angle=angle))
     shape, spacing = chest.sides.shape, chest.spacing_mm
-    lumen = draw_tubes(shape, spacing, _join(bronchi))
+    inner = _join(bronchi)
+    lumen = draw_tubes(shape, spacing, inner)
     if airless is not None:
         lumen = np.maximum(lumen, airless * draw_tubes(shape, spacing, _join(bronchioles)))
-    walls = draw_tubes(shape, spacing, _join(bronchi), grow_mm=WALL_MM)
+    walls = draw_tubes(shape, spacing, replace(inner, radius_mm=WALL_GROWTH * inner.radius_mm + WALL_MM))
     return Trees(draw_tubes(shape, spacing, _join(vessels)), walls, lumen)
 
 

@@ -107,10 +107,8 @@ def companions(tubes: Tubes, *, min_radius_mm: float, ratio: float, angle: float
     return Tubes(tubes.start_mm[keep] + shift, tubes.stop_mm[keep] + shift, ratio * radius)
 
 
-def draw_tubes(
-    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], tubes: Tubes, *, grow_mm: float = 0.0
-) -> np.ndarray:
-    """Share of every voxel inside the tubes widened by ``grow_mm``.
+def draw_tubes(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], tubes: Tubes) -> np.ndarray:
+    """Share of every voxel inside the tubes.
 
     Returns
     -------
@@ -120,7 +118,7 @@ def draw_tubes(
     spacing = np.asarray(spacing_mm)
     blur = float(spacing.mean())
     limit = np.asarray(shape)
-    for start, stop, radius in zip(tubes.start_mm, tubes.stop_mm, tubes.radius_mm + grow_mm, strict=True):
+    for start, stop, radius in zip(tubes.start_mm, tubes.stop_mm, tubes.radius_mm, strict=True):
         reach = radius + blur
         low = np.clip(np.floor((np.minimum(start, stop) - reach) / spacing).astype(int), 0, limit)
         high = np.clip(np.ceil((np.maximum(start, stop) + reach) / spacing).astype(int), 0, limit)
