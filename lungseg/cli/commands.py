@@ -182,7 +182,7 @@ COMMANDS: tuple[Command, ...] = (
         "Digital chest phantoms with known tissue: DICOM series, reference label maps and a manifest.",
         (_output("Folder to write."),),
         PhantomConfig,
-        ("lungseg phantom -o phantoms -n 4", "lungseg phantom -o healthy --severity healthy --first-seed 7"),
+        ("lungseg phantom -o phantoms -n 4", "lungseg phantom -o healthy --severity healthy --seed 7"),
         ("jobs", "overwrite", "dry_run", *_SAYING),
     ),
     Command(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Any
 
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
@@ -16,6 +15,7 @@ from lungseg.scan.phantom import Phantom, PhantomSpec, make_phantom
 from lungseg.scan.phantom_scanner import KERNELS
 from lungseg.scan.volume import Volume
 from lungseg.stages.cohort import DONE, SKIPPED, StageResult, run_cases
+from lungseg.stages.scan_case import case_datasets, crop_to_lungs
 from lungseg.store.atomic import read_json, write_json, write_text
 from lungseg.store.cases import Store, hashed_id
 from lungseg.store.locks import lock
@@ -56,7 +56,7 @@ def phantom(
         prepare = config.preprocessing(SALT)
         store = Store.create(
             output,
-            config=to_dict(prepare),
+            config={**prepare.settings(), "salt": SALT},
             salt=SALT,
             provenance="digital chest phantoms",
             overwrite=execution.overwrite,
@@ -163,10 +163,12 @@ def _store_one(
     settings = {key: value for key, value in to_dict(config).items() if key not in (*WHICH, *STORE_ONLY, "format")}
     wanted = make_provenance(
         "phantom",
-        {**{key: value for key, value in to_dict(prepare).items() if key != "salt"}, **facts, "phantom": settings},
+        {**prepare.settings(), **facts, "phantom": settings},
         inputs={"scan": hashed_id(store.salt, name)},
         seed=seed,
         case_id=name,
+        permitted=prepare.permitted(),
+        study="",
         **facts,
     )
     paths = {kind: store.case_file(name, kind) for kind in ("volume", "reference")}
@@ -186,12 +188,8 @@ def _store_one(
             stored_flips=[False, False, False],
         )
         write_artefact(paths["reference"], "reference", {"labels": made.labels}, provenance=labelled)
-        warnings = _write_volume_file(paths["volume"], as_volume(made, spec), prepare, wanted)
-    return DONE, "; ".join(warnings)
-
-
-def _write_volume_file(path: Path, volume: Volume, prepare: PreprocessConfig, provenance: dict[str, Any]) -> list[str]:
-    """``volume.h5`` as ``preprocess`` writes it; what to know about it, in words."""
-    from lungseg.stages.preprocess import _write_volume
-
-    return _write_volume(path, volume, prepare, provenance)
+        scan = as_volume(made, spec)
+        crop = crop_to_lungs(scan, prepare)
+        datasets, found, attributes = case_datasets(scan, crop, prepare)
+        write_artefact(paths["volume"], "volume", datasets, provenance={**wanted, **found}, attributes=attributes)
+    return DONE, "; ".join(crop.messages)
