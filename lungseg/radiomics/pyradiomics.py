@@ -48,7 +48,7 @@ def compute_descriptors_pyradiomics(
     its bin edges, multiples of 25, fall on ours. Its grey levels start at the lowest of the patch: the sum average is
     brought back to levels from -1024 HU. Its kurtosis is not excess: 3 is taken off. The value of the torch backend
     stands where pyradiomics has none: a patch without any pair of lung voxels, and its IMC2 where the mutual
-    information is 0 but rounds below it (the root of a negative number).
+    information is 0 but rounds below it (the root of a negative number). It knows no halo: pairs lie in the patch.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def compute_descriptors_pyradiomics(
 
     Returns
     -------
-    float32 tensor, shape (N, 34)
+    float32 tensor (float64 if the patches are), shape (N, 34)
         Columns ``FEATURE_NAMES``; rows with fewer than ``MIN_LUNG_VOXELS`` lung voxels are all NaN.
 
     Raises
@@ -81,7 +81,7 @@ def compute_descriptors_pyradiomics(
         if _has_pair(inside[row]):
             theirs["glcm"] = _glcm(classes, values[row], inside[row], aggregation)
         for family, numbers in theirs.items():
-            answer = torch.tensor(numbers, dtype=torch.float32, device=result.device)
+            answer = torch.tensor(numbers, dtype=result.dtype, device=result.device)
             ours = result[row, FAMILIES[family]]
             result[row, FAMILIES[family]] = torch.where(answer.isfinite(), answer, ours)
     return result
