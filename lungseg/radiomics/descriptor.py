@@ -70,7 +70,7 @@ CLIP_IQR = 4.0
 _BYTES_PER_VOXEL = 200
 """Peak per voxel where a chunk is worked on at once, as on a CUDA device: 99 measured so on a CPU, and 52 for the pairs
 of all directions, which are counted together there. In the blocks of a CPU it is 11 to 16."""
-_BYTES_PER_CELL = 100
+BYTES_PER_CELL = 100
 """Peak per cell of a co-occurrence matrix of all levels, float64 copies; measured: 70, rounded up."""
 
 
@@ -81,6 +81,7 @@ def feature_names(*, mcc: bool = True) -> tuple[str, ...]:
     return tuple(haralick.DISSIMILARITY if name == "glcm_mcc" else name for name in FEATURE_NAMES)
 
 
+@torch.no_grad()
 def compute_descriptors(
     patches_hu: Tensor,
     masks: Tensor,
@@ -109,7 +110,8 @@ def compute_descriptors(
         False: neighbours outside the patch do not exist. True: D, H and W include ``windows.HALO_VOXELS`` of the
         volume on each side of the window, which neighbours are read from (``windows``).
     chunk_bytes : int
-        Working memory allowed; at least one patch is always processed at a time.
+        Working memory allowed; at least one patch is always processed at a time. On Linux a process keeps some of it,
+        up to 62 MiB (``windows.keep_freed_memory``).
 
     Returns
     -------
@@ -121,6 +123,10 @@ def compute_descriptors(
     ------
     InputError
         If shapes differ, ``masks`` is not bool, or a lung voxel is not finite.
+
+    Notes
+    -----
+    On CUDA the Gabor family needs full float32 products, torch's default; TF32 costs it digits.
 
     Source
     ------
@@ -166,7 +172,7 @@ def _chunk_rows(shape: Sequence[int], aggregation: Aggregation, chunk_bytes: int
     """Patches per chunk that keep the working memory under ``chunk_bytes``; at least 1."""
     directions = len(glcm.DIRECTIONS) if aggregation == "mean" else 1
     cells = directions * glcm.NUM_LEVELS**2
-    return max(1, chunk_bytes // (math.prod(shape) * _BYTES_PER_VOXEL + cells * _BYTES_PER_CELL))
+    return max(1, chunk_bytes // (math.prod(shape) * _BYTES_PER_VOXEL + cells * BYTES_PER_CELL))
 
 
 @dataclass(frozen=True)

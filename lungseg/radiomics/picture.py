@@ -121,6 +121,8 @@ def _draw_distributions(
     for columns in FAMILIES.values():
         if columns.start:
             axes.axhline(columns.start - 0.5, color="black", linewidth=0.8)
-    axes.set_xlabel(f"median and quartiles, in interquartile ranges from the median of all, clipped at {CLIP_IQR:g}")
+    axes.set_xlabel(
+        f"median and quartiles, in interquartile ranges from the median of all, clipped at {CLIP_IQR:g}", fontsize=8
+    )
     axes.set_title("Windows more than half of whose lung is one tissue (number)", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncol=3, fontsize=8, frameon=False)

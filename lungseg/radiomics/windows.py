@@ -22,7 +22,8 @@ reach of the longest Gabor kernel (``gabor.radius(8)``)."""
 
 CACHE_VOXELS = 2**17
 """Voxels worked on at once on a CPU: their temporaries stay in the second-level cache (1 MiB a core), without which the
-passes over memory cost three times the arithmetic. A CUDA device gets all at once."""
+passes over memory cost three times the arithmetic."""
+_NO_LIMIT = 2**62
 
 
 def check_patches(patches_hu: Tensor, masks: Tensor, *, halo: bool = False) -> None:
@@ -84,19 +85,26 @@ def computing_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
+def items_at_once(voxels_each: int, device: torch.device) -> int:
+    """How many items of so many voxels are worked on together: what fits the cache of a CPU, any number elsewhere."""
+    return max(1, (CACHE_VOXELS if device.type == "cpu" else _NO_LIMIT) // max(1, voxels_each))
+
+
 def cache_blocks(num_patches: int, shape: Sequence[int], device: torch.device) -> Iterator[slice]:
-    """Slices of the patches that are worked on together: as many as fit the cache on a CPU, all on other devices."""
-    step = num_patches if device.type != "cpu" else max(1, CACHE_VOXELS // max(1, math.prod(shape)))
-    for start in range(0, num_patches, max(1, step)):
-        yield slice(start, start + step)
+    """Slices of the patches that are worked on together."""
+    step = items_at_once(math.prod(shape), device)
+    for start in range(0, num_patches, step):
+        yield slice(start, min(start + step, num_patches))
 
 
 def keep_freed_memory(device: torch.device) -> None:
     """Let the process keep memory that temporaries of up to 31 MiB leave behind, instead of asking for it afresh.
 
-    The C library of Linux gives an array of more than 128 KiB back to the system when it is freed, and each new one
-    then costs page faults, here as much time as the arithmetic. It raises that limit to the size of the largest array
-    up to 32 MiB it has seen freed: this frees one that was never touched. Elsewhere it does nothing.
+    The C library of Linux (glibc) gives an array of more than 128 KiB back to the system when it is freed, and each new
+    one then costs page faults, here as much time as the arithmetic. It raises that limit to the size of the largest
+    array up to 32 MiB it has seen freed: this frees one that was never touched. The limit is the process's own and
+    stays, as it would after any array of that size; up to twice as much free memory is then kept. Other C libraries
+    (macOS, Windows, musl) and CUDA see an array come and go.
     """
     if device.type == "cpu":
         torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -27,14 +27,15 @@ from lungseg.radiomics.descriptor import (
 from lungseg.radiomics.glcm import Aggregation
 from lungseg.radiomics.picture import descriptor_figure_png
 from lungseg.radiomics.pyradiomics import compute_descriptors_pyradiomics
-from lungseg.scan.volume import AIR_HU
+from lungseg.scan.resample import resample_onto
+from lungseg.scan.volume import AIR_HU, Geometry
 from lungseg.stages.cohort import DONE, FAILED, SKIPPED, StageResult, limited_threads, run_cases
 from lungseg.store.atomic import atomic_path, read_json, write_bytes, write_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.patches import grid_corners, mask_fractions, read_box
 from lungseg.store.schema import check_current, make_provenance, write_artefact
-from lungseg.tissue import Tissue
+from lungseg.tissue import OUTSIDE, Tissue
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,9 @@ def extract_radiomics(
     )  # fmt: skip
     result = StageResult("extract-radiomics", store.path, outcomes)
     if execution.shard:
-        note = "standardisation.json is written by a run without --shard, when all shards are done"
+        others = [f"radiomics.{end}" for end, asked in (("csv", config.csv), ("png", config.picture)) if asked]
+        files = " and ".join(["standardisation.json", *others])
+        note = f"{files} {'are' if others else 'is'} written by a run without --shard, when all shards are done"
         return StageResult("extract-radiomics", store.path, outcomes, notes=(note,))
     failed = [outcome.case_id for outcome in outcomes if outcome.status == FAILED]
     if len(failed) == len(case_ids):
@@ -137,10 +140,8 @@ def _describe(
         patches = torch.from_numpy(hu).to(device, torch.float32)
         masks = torch.from_numpy(lung).to(device)
         median = torch.full((len(part),), float(lung_median_hu), device=device)
-        if config.backend == "pyradiomics":
-            values = compute_descriptors_pyradiomics(patches, masks, lung_median_hu=median, aggregation=aggregation)
-        else:
-            values = compute_descriptors(patches, masks, lung_median_hu=median, aggregation=aggregation, mcc=config.mcc)
+        compute = compute_descriptors_pyradiomics if config.backend == "pyradiomics" else compute_descriptors
+        values = compute(patches, masks, lung_median_hu=median, aggregation=aggregation, mcc=config.mcc)
         rows.append(values.cpu().numpy())
     return np.concatenate(rows)
 
@@ -177,7 +178,10 @@ def _draw(store: Store, case_ids: Sequence[str], config: RadiomicsConfig) -> str
         if store.case_file(case_id, "reference").exists():
             with_reference += 1
             with store.open(case_id, "reference") as reference, store.open(case_id, "volume") as volume:
-                found = _window_tissues(reference.read("labels"), volume.read("mask"), corners, size)
+                # references are kept on the whole scan's grid, descriptors on that of the resampled lungs
+                grids = [Geometry.from_dict(artefact.provenance["grid"]) for artefact in (reference, volume)]
+                labels = resample_onto(reference.read("labels"), *grids, kind="mask", fill=OUTSIDE)
+                found = _window_tissues(labels, volume.read("mask"), corners, size)
         parts.append(features)
         tissues.append(found)
     described = np.concatenate(parts)

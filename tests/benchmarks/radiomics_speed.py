@@ -6,19 +6,20 @@ comparison is of calls made in turns within one run, as machines are shared. mah
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from lungseg.radiomics import first_order, gabor, glcm, lbp
 from lungseg.radiomics.dense import dense_descriptors, site_corners
-from lungseg.radiomics.descriptor import compute_descriptors
+from lungseg.radiomics.descriptor import DEFAULT_CHUNK_BYTES, compute_descriptors
+from lungseg.radiomics.glcm import Aggregation
 from lungseg.radiomics.pyradiomics import _feature_classes, _first_order, _glcm
 from lungseg.radiomics.windows import HALO_VOXELS, keep_freed_memory
 from lungseg.scan.phantom import Phantom, PhantomSpec, make_phantom
@@ -26,6 +27,8 @@ from lungseg.scan.phantom import Phantom, PhantomSpec, make_phantom
 EDGE = 32
 REPEATS = 7
 MEMORY_PATCHES = 10_000
+LARGE_VOLUME, FEWER_SLICES = (300, 400, 500), (40, 400, 500)
+"""Voxels; the second for the slower settings."""
 
 
 def cpu_ms(functions: dict[str, tuple[Callable[[], object], int]], repeats: int = REPEATS) -> dict[str, float]:
@@ -165,10 +168,16 @@ def dense_against_patches(phantom: Phantom, window: int, stride: int) -> str:
     return f"| {window}^3 | {stride} | {len(valid)} | {found['dense']:.3f} | {total:.1f} | {ratios} |"
 
 
-def peak_memory(dtype: str) -> str:
-    """Run this file in a new process that describes many patches; returns a row of a table."""
-    done = subprocess.run([sys.executable, __file__, dtype], capture_output=True, text=True, check=True)
+def in_new_process(*arguments: str) -> str:
+    """Run this file in a process of its own, for its memory; returns a row of a table."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def peak_kib() -> int:
+    """Peak memory of this process (Linux); what ``resource`` tells of a new process includes that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def describe_many(dtype: str) -> None:
@@ -183,8 +192,29 @@ def describe_many(dtype: str) -> None:
     held = patches.nbytes + masks.nbytes
     found = compute_descriptors(patches, masks, lung_median_hu=torch.tensor(-850.0))
     assert bool(found.isfinite().all())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_kib()
     print(f"| {dtype} | {held / 2**30:.2f} | {peak / 2**20:.2f} |")
+
+
+def describe_densely(stride: str, aggregation: str) -> None:
+    """Describe a large volume in dense mode, and print by how much the peak of the process grew, and the CPU time."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    large = (stride, aggregation) == ("8", "merged")
+    volume = torch.empty(LARGE_VOLUME if large else FEWER_SLICES, dtype=torch.int16)
+    for values in volume:
+        values.copy_(-800 + 80 * torch.randn(values.shape, generator=generator))
+    mask = torch.ones_like(volume, dtype=torch.bool)
+    volume[0, 0, :2] = torch.tensor([-1024, 500])  # all grey levels
+    few = (slice(0, 16), slice(0, 32), slice(0, 32))
+    dense_descriptors(volume[few], mask[few], lung_median_hu=-800.0, window=32, stride=8)  # loads what torch needs
+    before, begin = peak_kib(), time.process_time()
+    how: Aggregation = "mean" if aggregation == "mean" else "merged"
+    found = dense_descriptors(volume, mask, lung_median_hu=-800.0, window=32, stride=int(stride), aggregation=how)
+    grown = (peak_kib() - before) / 2**10
+    size = " x ".join(map(str, volume.shape))
+    seconds = time.process_time() - begin
+    print(f"| {size} | {stride} | {how} | {found[..., 0].numel()} | {seconds:.0f} | {grown:.0f} |")
 
 
 def main() -> None:
@@ -212,11 +242,20 @@ def main() -> None:
     print(f"\nPeak memory of a process that describes {MEMORY_PATCHES} patches of 32^3 it holds, GiB:\n")
     print("| patches held as | patches and masks | peak |\n|---|---|---|")
     for dtype in ("int16", "float32"):
-        print(peak_memory(dtype), flush=True)
+        print(in_new_process(dtype), flush=True)
+    print(
+        "\nDense mode, windows of 32, all lung: growth of the peak over a process that holds the volume, MiB (budget of"
+    )
+    print(f"the co-occurrence matrices: {DEFAULT_CHUNK_BYTES / 2**20:.0f} MiB):\n")
+    print("| volume | stride | aggregation | sites | CPU s | MiB |\n|---|---|---|---|---|---|")
+    for stride, aggregation in (("8", "merged"), ("4", "merged"), ("8", "mean")):
+        print(in_new_process(stride, aggregation), flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 2:
         describe_many(sys.argv[1])
+    elif len(sys.argv) == 3:
+        describe_densely(sys.argv[1], sys.argv[2])
     else:
         main()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lungseg.errors import InputError
+from lungseg.radiomics import blocks, dense, windows
 from lungseg.radiomics.dense import dense_descriptors, site_corners
 from lungseg.radiomics.descriptor import FAMILIES, MIN_LUNG_VOXELS, compute_descriptors
 from lungseg.radiomics.glcm import Aggregation
@@ -54,18 +55,16 @@ def _corners(shape: torch.Size, window: int, stride: int) -> torch.Tensor:
 def test_dense_equals_patch_mode(window: int, stride: int, aggregation: Aggregation, dtype: torch.dtype) -> None:
     volume, mask = _lung()
     volume = volume.to(dtype)
-    dense = dense_descriptors(
+    described = dense_descriptors(
         volume, mask, lung_median_hu=MEDIAN, window=window, stride=stride, aggregation=aggregation
     )
-    assert dense.shape == (*(-(-n // stride) for n in volume.shape), 34)
-    assert dense.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert described.shape == (*(-(-n // stride) for n in volume.shape), 34)
+    assert described.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     corners = _corners(volume.shape, window, stride)
     chosen = torch.randperm(len(corners), generator=torch.Generator().manual_seed(1))[:40]
-    windows, masks = _windows_at(volume, mask, corners[chosen], window)
-    expected = compute_descriptors(
-        windows, masks, lung_median_hu=torch.tensor(MEDIAN), aggregation=aggregation, halo=True
-    )
-    found = dense.flatten(0, 2)[chosen]
+    cut, masks = _windows_at(volume, mask, corners[chosen], window)
+    expected = compute_descriptors(cut, masks, lung_median_hu=torch.tensor(MEDIAN), aggregation=aggregation, halo=True)
+    found = described.flatten(0, 2)[chosen]
     assert found.isnan().any(1).tolist() == found.isnan().all(1).tolist() == expected.isnan().all(1).tolist()
     valid = ~expected.isnan().any(1)
     assert valid.sum() >= 10
@@ -81,14 +80,14 @@ def test_validity_follows_the_lung_of_the_window() -> None:
     mask = torch.zeros_like(volume, dtype=torch.bool)
     mask[::3, ::3, ::3] = True
     mask[:, 30:] = False
-    dense = dense_descriptors(volume, mask, lung_median_hu=MEDIAN, window=16, stride=8)
+    described = dense_descriptors(volume, mask, lung_median_hu=MEDIAN, window=16, stride=8)
     corners = _corners(volume.shape, 16, 8)
-    windows, masks = _windows_at(volume, mask, corners, 16)
+    cut, masks = _windows_at(volume, mask, corners, 16)
     halo = tuple(slice(h, -h) for h in HALO_VOXELS)
     counts = masks[(slice(None), *halo)].flatten(1).sum(1)
-    assert dense.flatten(0, 2).isfinite().all(1).tolist() == (counts >= MIN_LUNG_VOXELS).tolist()
-    expected = compute_descriptors(windows, masks, lung_median_hu=torch.tensor(MEDIAN), halo=True)
-    torch.testing.assert_close(dense.flatten(0, 2), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert described.flatten(0, 2).isfinite().all(1).tolist() == (counts >= MIN_LUNG_VOXELS).tolist()
+    expected = compute_descriptors(cut, masks, lung_median_hu=torch.tensor(MEDIAN), halo=True)
+    torch.testing.assert_close(described.flatten(0, 2), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("aggregation", ["merged", "mean"])
@@ -101,6 +100,61 @@ def test_byte_budget_changes_nothing(aggregation: Aggregation) -> None:
         for budget in (2**30, 1)
     )
     torch.testing.assert_close(whole, pieces, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(("window", "aggregation"), [(16, "merged"), (16, "mean"), (32, "merged")])
+def test_sums_of_pairs_stay_within_the_byte_budget(
+    window: int, aggregation: Aggregation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matrices of the layers of a window, unless it is the blocks of a single site that need more."""
+    tiles: list[torch.Size] = []
+    per_block: list[int] = []
+
+    def spy(*given: object) -> tuple[blocks.Lattice, torch.Tensor, torch.Tensor]:
+        part, running, middle = blocks.tile_of(*given)  # type: ignore[arg-type]
+        tiles.append(running.shape[:2])
+        per_block.append(running[0, 0].nbytes)
+        return part, running, middle
+
+    monkeypatch.setattr(dense, "tile_of", spy)
+    volume, mask = _lung((24, 90, 110))
+    volume[..., 20:] /= 4  # HU around -200: few levels are left out
+    for budget in (2**22, 2**25, 2**28):
+        tiles.clear()
+        dense_descriptors(
+            volume, mask, lung_median_hu=MEDIAN, window=window, stride=8, aggregation=aggregation, chunk_bytes=budget
+        )
+        layers = window // 8
+        for rows, columns in tiles:
+            smallest = rows == columns == layers
+            assert smallest or rows * columns * (layers + 1) * per_block[0] <= budget
+    assert len(tiles) <= (1 if aggregation == "merged" else 4)
+
+
+@pytest.mark.parametrize("window", [8, 24])
+def test_no_limit_on_what_is_worked_on_at_once_changes_nothing(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA; with a layer of blocks without lung amid the others, and a slab of sites that is one plane."""
+    volume, mask = _lung((48, 40, 33))
+    mask[16:40] = False
+    expected = dense_descriptors(volume, mask, lung_median_hu=MEDIAN, window=window, stride=8)
+    monkeypatch.setattr(windows, "CACHE_VOXELS", 2**62)
+    monkeypatch.setattr(dense, "_SITES_AT_ONCE", 1)
+    found = dense_descriptors(volume, mask, lung_median_hu=MEDIAN, window=window, stride=8)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_sites_outside_the_volume_are_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, _ = _lung((16, 16, 16))
+    described: list[int] = []
+    original = dense._grouped_features
+
+    def spy(counts: torch.Tensor, lowest: int, mcc: bool) -> torch.Tensor:
+        described.append(len(counts))
+        return original(counts, lowest, mcc)
+
+    monkeypatch.setattr(dense, "_grouped_features", spy)
+    dense_descriptors(volume, volume < 9e9, lung_median_hu=MEDIAN, window=32, stride=8)
+    assert sum(described) == 8
 
 
 def test_dissimilarity_takes_the_place_of_mcc() -> None:

@@ -14,6 +14,8 @@ from lungseg.config.execution import Execution
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.radiomics.descriptor import FEATURE_NAMES, IBSI_CODES, feature_names
 from lungseg.radiomics.picture import correlations, descriptor_figure_png
+from lungseg.scan.volume import Geometry
+from lungseg.stages import extract_radiomics as stage
 from lungseg.stages.extract_radiomics import extract_radiomics
 from lungseg.store.cases import Store
 from lungseg.store.reader import Artefact
@@ -31,11 +33,19 @@ def store(tmp_path: Path) -> Store:
 
 
 def add_reference(store: Store, case_id: str) -> None:
-    """Healthy lung, and consolidation where the tiny chest is dense."""
+    """Healthy lung, and consolidation where the tiny chest is dense.
+
+    On another grid than the descriptors, as ``preprocess`` keeps it: the whole scan, here of half the spacing.
+    """
     with store.open(case_id, "volume") as volume:
         image, mask = volume.read("image"), volume.read("mask")
+        grid = Geometry.from_dict(volume.provenance["grid"])
     labels = np.where(mask > 0, np.where(image > -600, Tissue.CONSOLIDATION, Tissue.HEALTHY), 0).astype(np.uint8)
-    provenance = make_provenance("preprocess", {}, inputs={})
+    spacing = np.asarray(grid.spacing_mm) / 2
+    labels = np.pad(labels.repeat(2, 0).repeat(2, 1).repeat(2, 2), ((3, 5), (4, 0), (1, 2)))
+    origin = np.asarray(grid.origin_mm) - np.asarray(grid.direction) @ (spacing * (np.array([3, 4, 1]) + 0.5))
+    full = Geometry(labels.shape, tuple(spacing.tolist()), tuple(origin.tolist()), grid.direction)
+    provenance = make_provenance("preprocess", {}, inputs={}, grid=full.to_dict())
     write_artefact(store.case_file(case_id, "reference"), "reference", {"labels": labels}, provenance=provenance)
 
 
@@ -51,9 +61,10 @@ def test_names_and_codes_are_in_the_artefact(store: Store) -> None:
         assert radiomics.provenance["ibsi_codes"] == IBSI_CODES
 
 
-def test_backends_agree_in_the_store(store: Store) -> None:
+@pytest.mark.parametrize("mcc", [True, False])
+def test_backends_agree_in_the_store(store: Store, mcc: bool) -> None:
     pytest.importorskip("radiomics")
-    few = dataclasses.replace(CONFIG, stride=12)
+    few = dataclasses.replace(CONFIG, stride=12, mcc=mcc)
     extract_radiomics(store, few, execution=QUIET).require_complete()
     ours = features(store, "case-0")
     overwrite = dataclasses.replace(QUIET, overwrite=True)
@@ -116,6 +127,38 @@ def test_picture_alone_reads_references(store: Store, monkeypatch: pytest.Monkey
     assert "reference" in opened
     assert any("1 of 2 cases have a reference" in note for note in result.notes)
     assert (store.path / "radiomics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_windows_in_the_picture_have_the_tissue_that_stands_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference lies on the scan's grid, the windows on that of the resampled lungs: matched by position."""
+    add_reference(store, "case-0")
+    drawn: list[np.ndarray] = []
+
+    def spy(features: np.ndarray, names: tuple[str, ...], *, title: str, tissues: np.ndarray) -> bytes:
+        drawn.append(tissues)
+        return descriptor_figure_png(features, names, title=title, tissues=tissues)
+
+    monkeypatch.setattr(stage, "descriptor_figure_png", spy)
+    extract_radiomics(store, dataclasses.replace(CONFIG, picture=True), execution=QUIET)
+    with store.open("case-0", "radiomics") as radiomics, store.open("case-0", "volume") as volume:
+        corners, image, mask = radiomics.read("corner"), volume.read("image"), volume.read("mask")
+    expected = []
+    for z, y, x in corners.tolist():
+        box = (slice(z, z + 8), slice(y, y + 8), slice(x, x + 8))
+        dense = np.mean(image[box][mask[box] > 0] > -600)
+        expected.append(Tissue.CONSOLIDATION if dense > 0.5 else Tissue.HEALTHY if dense < 0.5 else 0)
+    assert drawn[0][: len(corners)].tolist() == expected
+    assert {Tissue.CONSOLIDATION, Tissue.HEALTHY} <= set(expected)
+    assert not drawn[0][len(corners) :].any()  # case-1 has no reference
+
+
+def test_a_shard_says_what_it_does_not_write(store: Store) -> None:
+    shard = dataclasses.replace(QUIET, shard="1/2")
+    result = extract_radiomics(store, dataclasses.replace(CONFIG, csv=True, picture=True), execution=shard)
+    assert "standardisation.json and radiomics.csv and radiomics.png are written by a run without" in result.notes[0]
+    assert not list(store.path.glob("radiomics.*"))
 
 
 def test_table_and_picture_of_a_partly_failed_cohort(store: Store) -> None:
