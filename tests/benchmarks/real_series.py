@@ -109,6 +109,7 @@ def read_one(unit: Unit) -> dict[str, Any]:
     from lungseg.errors import LungsegError
     from lungseg.scan.dicom import find_series, read_series
     from lungseg.scan.nifti import read_image
+    from lungseg.scan.sources import find_sources
 
     path, labels = Path(unit.path), bool(LABELS.search(unit.path))
     facts: dict[str, Any] = {
@@ -124,7 +125,7 @@ def read_one(unit: Unit) -> dict[str, Any]:
             facts |= _dicom_facts(series.files)
             volume = read_series(series)
         else:
-            volume = read_image(path, integer=labels)
+            volume = read_image(path, integer=True) if labels else find_sources([path])[0].read()
     except LungsegError as error:
         facts["verdict"] = _short(str(error), unit)
         return facts | _costs(begin)
