@@ -43,7 +43,7 @@ class PhantomConfig:
         None, "Thickness of a slice; none: the distance of slices.", unit="mm", minimum=0.3, maximum=15
     )
     noise_hu: float = option(
-        30.0, "Noise of the standard kernel and dose in slices of 2 mm (SD).", unit="HU", minimum=0, maximum=300
+        22.0, "Noise of the standard kernel and dose in slices of 2 mm (SD).", unit="HU", minimum=0, maximum=300
     )
     variants: tuple[str, ...] = option((), f"Unusual: {', '.join(VARIANTS)}.")
     store_spacing_mm: float = option(

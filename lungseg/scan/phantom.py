@@ -68,7 +68,7 @@ class PhantomSpec:
     """healthy, mild (about 10-18 % of the lung), moderate (about 29-39 %) or severe (about 50-62 %)."""
     diseases: tuple[str, ...] = ()
     """Tissue names out of emphysema, ggo, fibrosis, consolidation; empty if, and only if, healthy."""
-    noise_hu: float = 30.0
+    noise_hu: float = 22.0
     """Standard deviation of the noise in HU in the middle of the body, for the standard kernel, the standard dose and
     slices of 2 mm."""
     psf_mm: float = 0.6

@@ -32,9 +32,9 @@ class Kernel:
 KERNELS = {
     "soft": Kernel("B30f", 1.45, 0.0, 0.6),
     "standard": Kernel("B50f", 1.0, 0.0, 1.0),
-    "sharp": Kernel("B70f", 0.62, 0.55, 2.4),
+    "sharp": Kernel("B70f", 0.62, 0.55, 2.0),
 }
-"""Widths and noise are our choice after published ratios of one scanner's kernels (B70f about four times the noise of
+"""Widths and noise are our choice after published ratios of one scanner's kernels (B70f about three times the noise of
 B30f); LAA-950 of one scan is known to differ by 7.7 points between kernels (METHOD 6)."""
 EDGE_WIDTH = 2.6
 DOSES = {"low": 0.25, "standard": 1.0, "high": 2.5}

@@ -18,7 +18,7 @@ from lungseg.tissue import Tissue
 
 HEALTHY_HU = -878.0
 """Parenchyma between visible vessels; vessels and airway walls raise the mean of the lung to about -830."""
-GRAVITY_HU = (60.0, 100.0)
+GRAVITY_HU = (50.0, 85.0)
 """Dependent lung is denser by this much from front to back (METHOD 6: up to 200 HU, less in inspiration)."""
 EMPHYSEMA_HU, HOLE_HU, BULLA_HU, BULLA_WALL_HU = -896.0, -994.0, -997.0, -640.0
 HOLE_PERIOD_MM, HOLE_RADIUS_MM = 7.5, (2.2, 5.5)
@@ -59,7 +59,7 @@ def lung_texture(chest: Chest, diseases: Diseases, rng: np.random.Generator) -> 
     noise = _Noise(chest, rng)
     gravity = float(rng.uniform(*GRAVITY_HU)) * (chest.y_mm / (2.0 * chest.half_depth_mm))
     # Lobules (10-20 mm) differ a little in aeration; below them a fine grain of vessels too small to see.
-    hu = noise.mean(HEALTHY_HU) + gravity + 14.0 * noise(12.0) + 16.0 * noise(5.0) + 22.0 * noise(2.2)
+    hu = noise.mean(HEALTHY_HU) + gravity + 10.0 * noise(12.0) + 9.0 * noise(5.0) + 12.0 * noise(2.2)
     hu = hu.astype(np.float32, copy=False)
     painters: dict[Tissue, Painter] = {
         Tissue.EMPHYSEMA: _emphysema,
