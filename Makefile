@@ -50,6 +50,8 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/store_compression.py
 	$(BIN)/python tests/benchmarks/radiomics_speed.py
+	$(BIN)/python tests/benchmarks/radiomics_significance.py
+	$(BIN)/python tests/benchmarks/phantom_hardness.py
 	$(BIN)/python tests/benchmarks/real_chest.py
 	$(BIN)/python tests/benchmarks/real_series.py
 	$(BIN)/python tests/benchmarks/preprocess_speed.py

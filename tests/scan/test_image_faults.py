@@ -128,6 +128,22 @@ def test_row_30_units(plain: Path, unit: int, factor: float) -> None:
     assert read_image(path).geometry.is_close(GRID, tolerance_voxels=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "bad"),
+    [(suffix, bad) for suffix in (".nii", ".mha") for bad in ("0", "-1.5", "nan")] + [(".nrrd", "0"), (".nrrd", "nan")],
+)
+def test_row_29_spacing_that_is_not_positive_is_refused(plain: Path, tmp_path: Path, suffix: str, bad: str) -> None:
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".nii":
+        path = patched(plain, (80, "f", (float(bad),)))
+    elif suffix == ".mha":
+        write_mha(path, ct(), ElementSpacing=f"{bad} 1 1")
+    else:  # a negative step of NRRD is a direction, not a spacing
+        write_nrrd(path, ct(), **{"space directions": f"({bad},0,0) (0,1,0) (0,0,1)"})
+    with pytest.raises(InputError, match=r"strictly positive|not a number|damaged header"):
+        read_image(path)
+
+
 @pytest.mark.parametrize(("spacing", "is_noted"), [(0.2, True), (0.3, False), (10.0, False), (15.0, True)])
 def test_row_30_an_unusual_spacing_is_noted(tmp_path: Path, spacing: float, is_noted: bool) -> None:
     write_nifti(tmp_path / "a.nii", ct((20, 22, 30)), np.diag((-spacing, -spacing, 2.0, 1.0))[:3])
