@@ -179,10 +179,13 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "phantom",
         "lungseg.stages.phantom:phantom",
-        "Digital chest phantoms with known tissue: DICOM series, reference label maps and a manifest.",
+        "Digital chest phantoms with known tissue: DICOM, NIfTI or a patch store, with reference label maps.",
         (_output("Folder to write."),),
         PhantomConfig,
-        ("lungseg phantom -o phantoms -n 4", "lungseg phantom -o healthy --severity healthy --seed 7"),
+        (
+            "lungseg phantom -o phantoms -n 4",
+            "lungseg phantom -o cohort -n 8 --format store --severity mixed --kernel sharp",
+        ),
         ("jobs", "overwrite", "dry_run", *_SAYING),
     ),
     Command(
