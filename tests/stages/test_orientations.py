@@ -80,8 +80,8 @@ def write_series(folder: Path, image: sitk.Image) -> Path:
 
 @pytest.fixture(scope="module")
 def small() -> Volume:
-    """A chest of 30 x 35 x 45 voxels with heart, spine and disease: no two axes look alike."""
-    spec = PhantomSpec(extent_mm=(100.0, 110.0, 130.0), spacing_mm=(3.25, 3.0, 2.75), severity="moderate",
+    """A chest of 34 x 43 x 57 voxels with heart, spine and disease: no two axes look alike."""
+    spec = PhantomSpec(extent_mm=(120.0, 140.0, 170.0), spacing_mm=(3.5, 3.25, 3.0), severity="moderate",
                        diseases=DISEASES)  # fmt: skip
     made = make_phantom(spec, seed=11)
     return Volume(made.volume_hu, made.geometry)
