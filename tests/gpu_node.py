@@ -15,7 +15,7 @@ from pathlib import Path
 BLOCKED = ("SimpleITK", "pydicom", "radiomics", "pyradiomics")
 ROOMS = ("diffusion", "radiomics", "segmentation", "store", "config", "evaluation", "report")
 MODULES = ("scan.phantom", "scan.lungs", "scan.resample", "scan.volume", "stages.extract_radiomics",
-           "stages.train_ddpm", "stages.synthesize", "stages.cluster", "stages.refine")  # fmt: skip
+           "stages.phantom", "stages.train_ddpm", "stages.synthesize", "stages.cluster", "stages.refine")  # fmt: skip
 
 
 class Missing(MetaPathFinder):

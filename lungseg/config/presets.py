@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.fields import from_dict
+from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.refine import RefineConfig
 from lungseg.config.synthesize import SynthesizeConfig
@@ -32,10 +33,14 @@ _PAPER_TRAIN: dict[str, Any] = {
     "ema_decay": 0.995,
 }
 
+_TINY_PATCHES: dict[str, Any] = {"patch_size": (16, 32, 32), "patch_stride": (8, 16, 16)}
+_SMALL_PATCHES: dict[str, Any] = {"patch_size": (32, 64, 64), "patch_stride": (16, 32, 32)}
+
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
     # CPU, demo, tests: a model in two minutes on two cores
     "tiny": {
-        PreprocessConfig: {"spacing_mm": 1.5, "patch_size": (16, 32, 32), "patch_stride": (8, 16, 16)},
+        PreprocessConfig: {"spacing_mm": 1.5, **_TINY_PATCHES},
+        PhantomConfig: {"store_spacing_mm": 1.5, **_TINY_PATCHES},
         RadiomicsConfig: {"window": 16, "stride": 8, "standardisation_windows": (8, 16), "samples_per_case": 500},
         TrainConfig: {
             "base_width": 16,
@@ -60,7 +65,8 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
     },
     # one consumer GPU
     "small": {
-        PreprocessConfig: {"spacing_mm": 1.0, "patch_size": (32, 64, 64), "patch_stride": (16, 32, 32)},
+        PreprocessConfig: {"spacing_mm": 1.0, **_SMALL_PATCHES},
+        PhantomConfig: {"store_spacing_mm": 1.0, **_SMALL_PATCHES},
         TrainConfig: {"base_width": 32, "patch_size": (32, 64, 64), "total_images": 160_000, "learning_rate": 2e-4},
     },
     "lungseg": {},

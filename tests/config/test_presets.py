@@ -8,6 +8,7 @@ import pytest
 
 from lungseg.cli.commands import COMMANDS
 from lungseg.config import PRESETS, TrainConfig, make_config
+from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.presets import DEFAULT_PRESET
 from lungseg.errors import UsageError
@@ -42,6 +43,8 @@ def test_stages_of_one_preset_fit_together(preset: str) -> None:
     prepared, train = make_config(PreprocessConfig, preset=preset), make_config(TrainConfig, preset=preset)
     radiomics = make_config(RadiomicsConfig, preset=preset)
     assert prepared.patch_size == train.patch_size
+    phantoms = make_config(PhantomConfig, preset=preset)
+    assert phantoms.preprocessing(prepared.salt) == prepared, "a store of phantoms is not what preprocess makes"
     assert train.distill != "tokens" or train.teacher_window in radiomics.standardisation_windows
 
 
