@@ -26,6 +26,7 @@ _OPTIONAL = (
         "extract-radiomics --backend pyradiomics",
         "pip install 'lungseg[pyradiomics]' (needs a C++ compiler)",
     ),
+    ("lungmask", "lungmask", "preprocess --lung-mask lungmask", "pip install 'lungseg[lungmask]'"),
     ("distributed", "distributed", "spreading cases over a cluster with dask", "pip install 'lungseg[cluster]'"),
 )
 
