@@ -66,11 +66,9 @@ def _misfits(lung: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[float, f
     hu, coarse_mm = coarsen(volume_hu, spacing_mm, COARSE_MM)
     share, _ = coarsen(lung, spacing_mm, COARSE_MM)
     mask = share >= 0.5
-    distance = ndimage.distance_transform_edt(~mask, sampling=coarse_mm)
-    shell = (distance > SHELL_MM[0]) & (distance <= SHELL_MM[1])
     airway = airway_of(hu, coarse_mm)
     found = []
-    around = hu[shell & ~airway]
+    around = hu[_shell(mask, coarse_mm) & ~airway]
     missed = float(((around > AERATED_HU[0]) & (around < AERATED_HU[1])).mean()) if around.size else 0.0
     if missed > MISSED_SHARE:
         found.append(
@@ -81,6 +79,18 @@ def _misfits(lung: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[float, f
     if inside_ml > max(AIRWAY_ML, AIRWAY_SHARE * np.count_nonzero(airway) * float(np.prod(coarse_mm)) / 1000.0):
         found.append(f"trachea included: {inside_ml:.0f} ml of trachea and main bronchi count as lung")
     return found
+
+
+def _shell(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Voxels at a distance of ``SHELL_MM`` from a mask."""
+    shell = np.zeros_like(mask)
+    boxes = ndimage.find_objects(mask.astype(np.uint8))
+    if boxes:
+        margins = [int(np.ceil(SHELL_MM[1] / s)) for s in spacing_mm]
+        box = tuple(slice(max(s.start - m, 0), s.stop + m) for s, m in zip(boxes[0], margins, strict=True))
+        distance = ndimage.distance_transform_edt(~mask[box], sampling=spacing_mm)
+        shell[box] = (distance > SHELL_MM[0]) & (distance <= SHELL_MM[1])
+    return shell
 
 
 def _usual_warnings(labels: np.ndarray, volume_ml: float) -> list[str]:

@@ -6,7 +6,7 @@ the patient decides, and what cannot be decided is refused with all readings nam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,11 +136,8 @@ def _as_fits(present: Mapping[int, int], chest: _Chest) -> Reading:
             f"no known program labels lungs so: the labels of the lung mask are {_listed(present, present)}. Known are "
             f"{_conventions(LUNG_MASK_CONVENTIONS)}. Map the labels to one of these"
         )
-    # A reading that leaves sides open follows those that name them, and is needed only if none of them is left.
-    is_open = {name: LUNG_EITHER in {LUNG_MASK_CONVENTIONS[name].sides.get(label) for label in present}
-               for name in fitting}  # fmt: skip
     doubts: dict[str, str] = {}
-    for group in ([n for n in fitting if not is_open[n]], [n for n in fitting if is_open[n]]):
+    for group in _by_evidence(fitting, present):
         good: dict[str, np.ndarray] = {}
         for name in group:
             sides = chest.read(name)
@@ -158,10 +155,13 @@ def _as_fits(present: Mapping[int, int], chest: _Chest) -> Reading:
                 f"{_conventions(good)}. Say which with --lung-mask-labels"
             )
         return Reading(first, good[first], _missing_lobes(first, present))
-    told = "; ".join(f"as {name} ({LUNG_MASK_CONVENTIONS[name].title}) {text}" for name, text in doubts.items())
+    told = "; ".join(
+        f"as {name} ({LUNG_MASK_CONVENTIONS[name].title}) {doubts.get(name, 'labels with and without side are mixed')}"
+        for name in fitting
+    )
     raise InputError(
-        f"the labels of the lung mask ({_listed(present, present)}) do not lie as in a patient: {told}. Mask or scan "
-        "is mirrored, or the labels mean something else"
+        f"the labels of the lung mask ({_listed(present, present)}) are not those of a patient's lungs: {told}. Mask "
+        "or scan is mirrored, or the labels mean something else; if you know what, say it with --lung-mask-labels"
     )
 
 
@@ -172,6 +172,21 @@ def _fitting(present: Collection[int]) -> list[str]:
         for name, convention in LUNG_MASK_CONVENTIONS.items()
         if convention.sides and not convention.strangers(present) and any(n in convention.sides for n in present)
     ]
+
+
+def _by_evidence(names: Sequence[str], present: Collection[int]) -> list[list[str]]:
+    """Readings of two lungs, then of one lung, then those that leave all sides open: each says less than the last.
+
+    Where two lungs lie as a patient's do, that they are two parts of one lung is not looked into. A reading that mixes
+    labels with and without side is left out: position would make sense of labels that mean something else, such as 1
+    and 2 for the lungs and 3 for the disease in both.
+    """
+    groups: tuple[list[str], ...] = ([], [], [])
+    for name in names:
+        sides = {LUNG_MASK_CONVENTIONS[name].sides.get(label) for label in present} - {None}
+        if LUNG_EITHER not in sides or len(sides) == 1:
+            groups[2 if LUNG_EITHER in sides else 0 if len(sides) == 2 else 1].append(name)
+    return list(groups)
 
 
 def _missing_lobes(name: str, present: Collection[int]) -> tuple[str, ...]:

@@ -15,6 +15,10 @@ from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 AGREEING_SHARE = 0.9
 """Share of the rows with both lungs in which the left one lies to the left; it is 1 in every chest of the test data."""
+BEYOND_SHARE = 0.15
+"""Share of a lung that may reach over the plane between both, at the anterior junction: 0.01-0.03 in the test data."""
+NECK_SHARE = 0.5
+"""Area of a sagittal cut through a mask, against the larger cuts on both sides, below which two lungs are joined."""
 MAX_ROWS = 64
 """Rows looked at along z and along y."""
 MIN_ROWS = 8
@@ -52,8 +56,12 @@ def sides_by_position(lung: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple
         coarse = share > 0.0  # thinner than a coarse voxel
     hu, _ = coarsen(volume_hu, spacing_mm, COARSE_MM)
     sides = split_sides(coarse, hu, np.zeros_like(coarse), coarse_mm)
-    if len(np.unique(sides)) < 3:  # one lung: only the trachea tells which
-        sides = split_sides(coarse, hu, airway_of(hu, coarse_mm), coarse_mm)
+    if len(np.unique(sides)) < 3:  # one lung, or two that the mask joins widely
+        neck = _neck(coarse)
+        if neck is None:  # only the trachea tells which
+            sides = split_sides(coarse, hu, airway_of(hu, coarse_mm), coarse_mm)
+        else:
+            sides = np.where(coarse, np.where(np.arange(coarse.shape[2]) > neck, LUNG_LEFT, LUNG_RIGHT), 0)
     return np.where(lung, _refined(sides, coarse_mm, lung.shape, spacing_mm), 0).astype(np.uint8)
 
 
@@ -75,8 +83,8 @@ def doubt_about(labels: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[flo
     """
     sides = np.unique(labels[labels > 0]).tolist()
     if sides == [LUNG_LEFT, LUNG_RIGHT]:
-        share = _share_of_rows(labels, spacing_mm)
-        if share >= AGREEING_SHARE:
+        share, beyond = _beside(labels, spacing_mm)
+        if share >= AGREEING_SHARE and beyond <= BEYOND_SHARE:
             return None
         if share <= 1.0 - AGREEING_SHARE:
             return Doubt("the left lung would lie on the patient's right", is_sure=True)
@@ -91,21 +99,40 @@ def doubt_about(labels: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[flo
     return Doubt(f"its only lung would be the {only} one, but lies where the {names[found[0]]} one is", is_sure=False)
 
 
-def _share_of_rows(labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
-    """Share of the rows along x with both lungs in which the middle of the left one has the larger x."""
+def _neck(lung: np.ndarray) -> int | None:
+    """Column along x at which a mask is narrow between two thick parts; None if it is one lung."""
+    area = np.count_nonzero(lung, axis=(0, 1))
+    columns = np.flatnonzero(area)
+    quarter = (columns[-1] - columns[0]) // 4
+    inner = np.arange(columns[0] + quarter, columns[-1] - quarter + 1)
+    neck = int(inner[area[inner].argmin()])
+    beside = min(area[:neck].max(initial=0), area[neck + 1 :].max(initial=0))
+    return neck if area[neck] < NECK_SHARE * beside else None
+
+
+def _beside(labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[float, float]:
+    """How two lungs lie to each other, on up to ``MAX_ROWS`` rows each way.
+
+    Share of the rows along x with both lungs in which the middle of the left one has the larger x, and the larger share
+    of a lung that lies beyond the plane halfway between them.
+    """
     steps = [max(1, n // MAX_ROWS) for n in labels.shape[:2]]
     rows = labels[:: steps[0], :: steps[1]]
     left, right = ((rows == side) for side in (LUNG_LEFT, LUNG_RIGHT))
     both = left.any(axis=2) & right.any(axis=2)
+    columns = np.arange(labels.shape[2])
     if np.count_nonzero(both) >= MIN_ROWS:
-        columns = np.arange(labels.shape[2])
         middles = [(part[both] @ columns) / part[both].sum(axis=1) for part in (left, right)]
-        return float((middles[0] > middles[1]).mean())
-    centres = [np.asarray(ndimage.center_of_mass(labels == side)) for side in (LUNG_LEFT, LUNG_RIGHT)]
-    shift = (centres[0] - centres[1]) * np.asarray(spacing_mm)
-    if abs(shift[2]) < max(abs(shift[0]), abs(shift[1])):
-        return 0.5
-    return float(shift[2] > 0)
+        share = float((middles[0] > middles[1]).mean())
+    else:
+        centres = [np.asarray(ndimage.center_of_mass(labels == side)) for side in (LUNG_LEFT, LUNG_RIGHT)]
+        shift = (centres[0] - centres[1]) * np.asarray(spacing_mm)
+        share = float(shift[2] > 0) if abs(shift[2]) >= max(abs(shift[0]), abs(shift[1])) else 0.5
+        middles = [np.asarray(centre[2:]) for centre in centres]
+    plane = float((middles[0] + middles[1]).mean()) / 2.0
+    over_left = np.count_nonzero(left[..., columns < plane]) / max(int(np.count_nonzero(left)), 1)
+    over_right = np.count_nonzero(right[..., columns > plane]) / max(int(np.count_nonzero(right)), 1)
+    return share, float(max(over_left, over_right))
 
 
 def _refined(

@@ -104,10 +104,10 @@ def _inferer(weights: Path, force_cpu: bool) -> Any:
     module = _imported()
     try:
         return module.LMInferer(modelname=MODEL, modelpath=str(weights), force_cpu=force_cpu, tqdm_disable=True)
-    except Exception as error:  # torch has many errors for a damaged file, one of them of pickle
+    except Exception as error:  # torch has many for a damaged file; some advise to load it unsafely
         raise ResourceError(
-            f"lungmask cannot load its weights {weights.name}: {type(error).__name__}: {error}. Delete the file and "
-            f"run where there is a network: {FETCH}"
+            f"lungmask cannot load its weights {weights.name} ({type(error).__name__}): the file is damaged. Delete it "
+            f"and run where there is a network: {FETCH}"
         ) from error
 
 
