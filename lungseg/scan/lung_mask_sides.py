@@ -17,6 +17,8 @@ AGREEING_SHARE = 0.9
 """Share of the rows with both lungs in which the left one lies to the left; it is 1 in every chest of the test data."""
 BEYOND_SHARE = 0.15
 """Share of a lung that may reach over the plane between both, at the anterior junction: 0.01-0.03 in the test data."""
+SPECK_SHARE = 0.02
+"""A lung smaller than this against the other one is a speck of its label: where it lies says nothing about sides."""
 NECK_SHARE = 0.5
 """Area of a sagittal cut through a mask, against the larger cuts on both sides, below which two lungs are joined."""
 MAX_ROWS = 64
@@ -79,9 +81,10 @@ def airway_of(coarse_hu: np.ndarray, coarse_mm: tuple[float, float, float]) -> n
 def doubt_about(labels: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> Doubt | None:
     """Why a mask of left (1) and right (2) lung contradicts the anatomy; None if it does not.
 
-    The patient's left is at larger x. A mask of one side only is compared with what its position says.
+    The patient's left is at larger x. A mask of one side only, but for specks, is compared with what its position says.
     """
-    sides = np.unique(labels[labels > 0]).tolist()
+    counts = np.bincount(labels.ravel(), minlength=LUNG_RIGHT + 1)
+    sides = [side for side in (LUNG_LEFT, LUNG_RIGHT) if counts[side] > SPECK_SHARE * counts[1:].max()]
     if sides == [LUNG_LEFT, LUNG_RIGHT]:
         share, beyond = _beside(labels, spacing_mm)
         if share >= AGREEING_SHARE and beyond <= BEYOND_SHARE:

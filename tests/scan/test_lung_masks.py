@@ -208,6 +208,12 @@ def test_a_single_lung_is_named_by_the_trachea(side: int) -> None:
     assert any(text.startswith("one lung only") for text in field.warnings)
 
 
+def test_a_speck_of_the_other_label_does_not_make_a_second_lung() -> None:
+    mask = np.where(LEFT, 2, 0).astype(np.uint8)
+    mask[16, 20, 44] = 1  # lungmask's right lung, within the left side
+    assert np.count_nonzero(read(mask, "lungmask").field.labels == LUNG_LEFT) == np.count_nonzero(LEFT)
+
+
 def test_a_single_lung_on_the_other_side_is_told() -> None:
     """Not refused: without its partner the position is less sure than the label."""
     field = read(LEFT.astype(np.uint8), "lungmask").field
