@@ -5,7 +5,7 @@ Ids are those of METHOD 0.1. Cut points carry their source; none is fitted to la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -127,3 +127,84 @@ def tissue_by_name(name: str) -> Tissue:
         if info.name == name:
             return tissue
     raise KeyError(name)
+
+
+# ---------------------------------------------------------------- lung masks of other programs
+
+LUNG_EITHER = 3
+"""In a convention: lung whose side the label does not say. Never in a mask of ours; position decides it."""
+_CIP_LUNG_REGIONS: Mapping[int, int] = {
+    **dict.fromkeys((1, 20, 21, 22), LUNG_EITHER),  # whole lung; upper, middle and lower third of both
+    **dict.fromkeys((2, 4, 5, 6, 12, 13, 14), LUNG_RIGHT),  # lung; superior, middle, inferior lobe; thirds
+    **dict.fromkeys((3, 7, 8, 9, 10, 11), LUNG_LEFT),  # lung; superior, inferior lobe; thirds
+}
+_CIP_REGIONS, _CIP_TYPES = range(69), range(92)
+_CIP_CENTRAL_AIRWAY = (38, 39)
+"""Types trachea and main bronchus: no lung, whatever their region."""
+
+
+@dataclass(frozen=True)
+class LungMaskConvention:
+    """What the labels of one program's lung masks mean."""
+
+    title: str
+    """For people: which labels are which lung."""
+    sides: Mapping[int, int]
+    """Label -> ``LUNG_LEFT``, ``LUNG_RIGHT`` or ``LUNG_EITHER``; empty: any one label, lung of either side."""
+    others: frozenset[int]
+    """Labels that may occur and are no lung; 0 always may."""
+    source: str
+
+    def strangers(self, labels: Collection[int]) -> list[int]:
+        """Those of ``labels`` that this convention does not know, ascending."""
+        if not self.sides:
+            return sorted(set(labels) - {0}) if len(set(labels) - {0}) > 1 else []
+        return sorted(label for label in labels if label and label not in self.sides and label not in self.others)
+
+
+LUNG_MASK_CONVENTIONS: Mapping[str, LungMaskConvention] = {
+    "lungseg": LungMaskConvention(
+        "1 left lung, 2 right lung", {1: LUNG_LEFT, 2: LUNG_RIGHT}, frozenset(), "the masks of a lungseg store"
+    ),
+    "lungmask": LungMaskConvention(
+        "1 right lung, 2 left lung",
+        {1: LUNG_RIGHT, 2: LUNG_LEFT},
+        frozenset(),
+        "lungmask 0.2.22, README, two label models (R231, R231CovidWeb)",
+    ),
+    "lungmask-lobes": LungMaskConvention(
+        "1-2 lobes of the left lung, 3-5 of the right lung",
+        {1: LUNG_LEFT, 2: LUNG_LEFT, 3: LUNG_RIGHT, 4: LUNG_RIGHT, 5: LUNG_RIGHT},
+        frozenset(),
+        "lungmask 0.2.22, README, five label models (LTRCLobes, LTRCLobes_R231)",
+    ),
+    "totalsegmentator": LungMaskConvention(
+        "10-11 lobes of the left lung, 12-14 of the right lung",
+        {10: LUNG_LEFT, 11: LUNG_LEFT, 12: LUNG_RIGHT, 13: LUNG_RIGHT, 14: LUNG_RIGHT},
+        frozenset({*range(1, 10), *range(15, 118)}),
+        "TotalSegmentator v2, map_to_binary.py, class map 'total' (117 classes; written with --ml)",
+    ),
+    "cip": LungMaskConvention(
+        "region + 256 * type: 1 whole lung, 2 right, 3 left, 4-8 lobes, 9-14 and 20-22 thirds",
+        {
+            region + 256 * kind: side
+            for kind in _CIP_TYPES
+            if kind not in _CIP_CENTRAL_AIRWAY
+            for region, side in _CIP_LUNG_REGIONS.items()
+        },
+        frozenset(
+            region + 256 * kind
+            for kind in _CIP_TYPES
+            for region in _CIP_REGIONS
+            if region not in _CIP_LUNG_REGIONS or kind in _CIP_CENTRAL_AIRWAY
+        ),
+        "ChestImagingPlatform, ChestConventions.py: ChestRegion 0-68, ChestType 0-91; bronchi and vessels within a "
+        "lung region are lung, as in its own whole-lung masks",
+    ),
+    "binary": LungMaskConvention("one label: lung, sides by position", {}, frozenset(), "any thresholded mask"),
+}
+"""Name -> convention. Where several fit a mask, its geometry decides (`lungseg/scan/lung_mask_labels.py`)."""
+
+LUNG_MEAN_HU = (-970.0, -200.0)
+"""Mean inside a lung mask that belongs to its scan. Above is soft tissue, even for lungs full of disease; below is the
+air around the body: lungs of the severest emphysema have about -900 (`elastix-emphysema` of the test data: -896)."""

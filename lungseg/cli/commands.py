@@ -22,6 +22,11 @@ _SERIES = PathOption(
     ("--series",),
     words=True,
 )
+_LUNG_MASK = PathOption(
+    "lung_mask",
+    "Lungs from a mask, a folder of masks named <case_id> or like the scans, or the package lungmask (that word).",
+    ("--lung-mask",),
+)
 
 
 def _output(doc: str, *, required: bool = True) -> PathOption:
@@ -51,6 +56,7 @@ COMMANDS: tuple[Command, ...] = (
                 "manifest", "CSV: path, series, case_id, patient_id, split, reference, inspiration.", ("--manifest",)
             ),
             PathOption("id_map", "CSV (mode 0600) linking case ids to sources; keep it private.", ("--id-map",)),
+            _LUNG_MASK,
         ),
         PreprocessConfig,
         (
@@ -154,6 +160,7 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("manifest", "CSV describing the cases, as for preprocess.", ("--manifest",)),
             PathOption("id_map", "CSV (mode 0600) linking case ids to sources.", ("--id-map",)),
             _SERIES,
+            _LUNG_MASK,
             PathOption("train", "Train a model on these scans first.", ("--train",), switch=True),
         ),
         RunConfig,

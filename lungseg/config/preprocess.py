@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lungseg.config.fields import option, to_dict
+from lungseg.tissue import LUNG_MASK_CONVENTIONS
 
 PERMISSIONS = ("assume_hu", "allow_gaps", "correct_tilt", "nan_to_air", "volume", "resample_masks")
 """Options that let more scans in without changing those that come in anyway: cases of one store may differ in them."""
+OF_A_CASE = ("salt", "lung_mask_labels")
+"""Settings that a case states if they concern it; the store does not."""
+LUNG_MASK_LABELS = ("auto", *LUNG_MASK_CONVENTIONS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,12 @@ class PreprocessConfig:
     correct_tilt: bool = option(False, "Shear slices of a tilted gantry back into a box, else refuse the scan.")
     nan_to_air: bool = option(False, "Replace NaN and infinite voxels of image files by air, else refuse the file.")
     volume: int | None = option(None, "Volume to take of a four-dimensional image file, from 0.", minimum=0)
-    resample_masks: bool = option(False, "Move a reference onto the grid of its scan (nearest voxel), else refuse it.")
+    resample_masks: bool = option(
+        False, "Move references and lung masks onto the grids of their scans (nearest voxel), else refuse them."
+    )
+    lung_mask_labels: str = option(
+        "auto", "What the labels of --lung-mask mean; auto: what fits labels and anatomy.", choices=LUNG_MASK_LABELS
+    )
     salt: str = option("", "Secret that makes case ids reproducible; empty: a new random one for each store.")
 
     def read_options(self) -> ReadOptions:
@@ -65,7 +74,7 @@ class PreprocessConfig:
 
     def settings(self) -> dict[str, Any]:
         """What every case of a store shares."""
-        return {name: value for name, value in to_dict(self).items() if name not in ("salt", *PERMISSIONS)}
+        return {name: value for name, value in to_dict(self).items() if name not in (*OF_A_CASE, *PERMISSIONS)}
 
     def permitted(self) -> dict[str, Any]:
         """What was permitted: said in each case, compared with none."""
@@ -84,6 +93,8 @@ def check_modes(given: Mapping[str, Any]) -> list[str]:
         problems.append("missing option '--output' / '-o': the patch store to make or to add to")
     if given["id_map"] and looking:
         problems.append("--id-map is written by a real run, not by --list or --check")
+    if given["lung_mask"] and given["list_scans"]:
+        problems.append("--lung-mask goes with a real run or --check: --list reads headers only")
     if given["series"] and given["manifest"]:
         problems.append("--series and --manifest exclude each other: the manifest has a column 'series'")
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lungseg.config.fields import MAX_SEED, option
+from lungseg.config.preprocess import LUNG_MASK_LABELS
 from lungseg.config.presets import DEFAULT_PRESET, PRESETS
 
 
@@ -17,4 +18,7 @@ class RunConfig:
     )
     config: str = option("", "TOML file; its tables, named like the commands, set options of the stages.")
     salt: str = option("", "Secret that makes case ids reproducible; empty: a new random one.")
+    lung_mask_labels: str = option(
+        "auto", "What the labels of --lung-mask mean; auto: as the TOML file says.", choices=LUNG_MASK_LABELS
+    )
     seed: int | None = option(None, "Seed of all stages; none: each stage's own.", minimum=0, maximum=MAX_SEED)

@@ -26,6 +26,15 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """An empty file with one of these was meant to be a slice."""
 
 
+def image_stem(path: Path) -> str:
+    """Name of a file without the ending of an image format or archive; of a folder its name."""
+    name = path.name
+    for suffix in sorted((*IMAGE_SUFFIXES, ".zip"), key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something below a given path that cannot be used."""

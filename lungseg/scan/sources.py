@@ -67,6 +67,8 @@ class Source:
     """Given by a manifest; else empty."""
     split: str = ""
     reference: Path | None = None
+    lung_mask: Path | None = None
+    """Mask of its lungs, or the folder that may hold one; None if masks are not asked for."""
     inspiration: str = ""
     candidates: tuple[Candidate, ...] = ()
     """All series of the study, the chosen one first; empty for an image file."""
@@ -91,6 +93,8 @@ class Source:
         places[self.path] = "this scan"
         if self.reference:
             places[self.reference] = "the reference"
+        if self.lung_mask:
+            places[self.lung_mask] = "the lung mask"
         words = {candidate.series.series_uid: f"series {candidate.series.key}" for candidate in self.candidates}
         words |= {candidate.series.study_uid: "this study" for candidate in self.candidates}
         if self.candidates:  # else it is a hash, or what the manifest says

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lungseg import __version__
 from lungseg.config.execution import Execution
+from lungseg.errors import ResourceError
+from lungseg.scan.lung_network import PACKAGE, find_lung_network
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult
 from lungseg.store.cases import Store
 from lungseg.store.verify import verify_store
@@ -26,6 +28,7 @@ _OPTIONAL = (
         "extract-radiomics --backend pyradiomics",
         "pip install 'lungseg[pyradiomics]' (needs a C++ compiler)",
     ),
+    (PACKAGE, "lungmask", "preprocess --lung-mask lungmask", "pip install 'lungseg[lungmask]'"),
     ("distributed", "distributed", "spreading cases over a cluster with dask", "pip install 'lungseg[cluster]'"),
 )
 
@@ -65,10 +68,22 @@ def _installation() -> StageResult:
         table.add_row(name, _version(name), "")
     for module, name, use, fix in _OPTIONAL:
         present = importlib.util.find_spec(module) is not None
-        table.add_row(name, _version(name) if present else "missing", "" if present else f"for {use}: {fix}")
+        remark = _remark(module) if present else f"for {use}: {fix}"
+        table.add_row(name, _version(name) if present else "missing", remark)
     for row in _machine():
         table.add_row(*row)
     return StageResult("doctor", Path(), tables=(table,))
+
+
+def _remark(module: str) -> str:
+    """What a part that is there still lacks."""
+    if module != PACKAGE:
+        return ""
+    try:
+        find_lung_network()
+    except ResourceError as error:
+        return str(error)
+    return ""
 
 
 def _version(package: str) -> str:

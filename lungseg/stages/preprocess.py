@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lungseg.errors import InputError
 from lungseg.scan.sources import Source, locations
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, CaseReturn, StageResult, run_cases
+from lungseg.stages.lung_source import LungSource, choose_lungs
 from lungseg.stages.references import Reference, is_kept, labels_on, read_reference, write_reference
 from lungseg.stages.scan_case import (
     case_datasets,
@@ -43,6 +45,8 @@ class _Written:
     case_id: str
     patient_id: str
     status: tuple[str, ...] = ()
+    convention: str = ""
+    """How the labels of its lung mask were read."""
 
 
 def preprocess_command(
@@ -56,6 +60,7 @@ def preprocess_command(
     series: Sequence[str] = (),
     manifest: Path | None = None,
     id_map: Path | None = None,
+    lung_mask: Path | None = None,
     execution: Execution = Execution(),
 ) -> StageResult:
     """What the command does: :func:`list_scans` and :func:`check_scans` look, :func:`preprocess` works."""
@@ -64,10 +69,14 @@ def preprocess_command(
         return show_scans(given, config, manifest=manifest, series=series, as_json=as_json, execution=execution)
     if check:
         return check_scans(
-            given, output, config, manifest=manifest, series=series, as_json=as_json, execution=execution
-        )
+            given, output, config, manifest=manifest, series=series, lung_mask=lung_mask, as_json=as_json,
+            execution=execution,
+        )  # fmt: skip
     assert output is not None  # the command line has seen to it
-    return preprocess(given, output, config, manifest=manifest, id_map=id_map, series=series, execution=execution)
+    return preprocess(
+        given, output, config, manifest=manifest, id_map=id_map, series=series, lung_mask=lung_mask,
+        execution=execution,
+    )  # fmt: skip
 
 
 def preprocess(
@@ -78,6 +87,7 @@ def preprocess(
     manifest: Path | None = None,
     id_map: Path | None = None,
     series: Sequence[str] = (),
+    lung_mask: Path | str | None = None,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Make a patch store of CT scans, or add to one.
@@ -99,6 +109,9 @@ def preprocess(
         outside the store.
     series : sequence of str
         Keys or UIDs of series to take in place of the usual choice.
+    lung_mask : path or `lungmask`, optional
+        Where the lungs come from instead of our own lung field: the mask of the only scan, a folder of masks named
+        ``<case_id>`` or like the scans, or the network of the package `lungmask`. A scan without its mask fails.
 
     Returns
     -------
@@ -109,7 +122,10 @@ def preprocess(
     Raises
     ------
     InputError
-        If there is nothing to read, or ``output`` or ``id_map`` is unusable: before anything is written.
+        If there is nothing to read, or ``output``, ``id_map`` or ``lung_mask`` is unusable: before anything is
+        written.
+    ResourceError
+        If `lungmask` is asked for and not installed, with the command that installs it.
     MismatchError
         If the store was made with other settings.
     """
@@ -120,7 +136,9 @@ def preprocess(
     if id_map:
         check_id_map_place(Path(id_map), output)
         read_id_map(Path(id_map))  # refuses another kind of file before hours of work
+    lungs = choose_lungs(lung_mask, config, scans=() if manifest else given, force_cpu=execution.device == "cpu")
     found = find_scans(given, config, manifest=Path(manifest) if manifest else None, series=series)
+    found = found if manifest else lungs.without_masks(found)
     _refuse_output_inside(output, [source.path for source in found.sources])
     store = Store.create(
         output,
@@ -129,7 +147,7 @@ def preprocess(
         provenance="CT scans",
         overwrite=execution.overwrite,
     )
-    sources = with_ids(found.sources, store.salt)
+    sources = lungs.match(with_ids(found.sources, store.salt))
     log.info("preprocess: %d scans found", len(sources))
     for note in found.notes:
         log.info("preprocess: %s", note)
@@ -151,6 +169,7 @@ def preprocess(
         [for_worker(source) for source in sources],
         store,
         config,
+        lungs,
         execution,
         names=names,
         title="preprocess",
@@ -161,9 +180,17 @@ def preprocess(
         place_of = dict(zip(names, places, strict=True))
         rows = [(o.value.case_id, o.value.patient_id, str(place_of[o.case_id])) for o in outcomes if o.value]
         write_id_map(Path(id_map), output, rows)
+    notes = [*_lung_notes(outcomes), f"patch store: {output}"]
     source_of = dict(zip(names, sources, strict=True))
     outcomes = tuple(_final(outcome, source_of[outcome.case_id], store) for outcome in outcomes)
-    return StageResult("preprocess", output, outcomes, notes=(f"patch store: {output}",))
+    return StageResult("preprocess", output, outcomes, notes=tuple(notes))
+
+
+def _lung_notes(outcomes: Sequence[CaseOutcome]) -> list[str]:
+    """How the lung masks of the cases written now were read."""
+    counts = Counter(outcome.value.convention for outcome in outcomes if outcome.value and outcome.value.convention)
+    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    return [f"lungs from masks, scans by convention of the labels: {told}"] if told else []
 
 
 def _final(outcome: CaseOutcome, source: Source, store: Store) -> CaseOutcome:
@@ -180,9 +207,11 @@ def _refuse_output_inside(output: Path, scans: Sequence[Path]) -> None:
             raise InputError(f"output {output} lies inside the input folder {path}; put it elsewhere")
 
 
-def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, execution: Execution) -> CaseReturn:
+def _preprocess_one(
+    source: Source, store: Store, config: PreprocessConfig, lungs: LungSource, execution: Execution
+) -> CaseReturn:
     """Write one case; gives back its final ids and status."""
-    case = identify(source, store.salt, config)
+    case = identify(source, store.salt, config, lungs)
     case_id, volume = case.source.case_id, case.volume
     written = _Written(case_id, case.source.patient_id)
     path = store.case_file(case_id, "volume")
@@ -197,10 +226,14 @@ def _preprocess_one(source: Source, store: Store, config: PreprocessConfig, exec
         if done or volume is None:
             text = "; ".join(["only the reference was written", *notes]) if reference else ""
             return DONE if reference else SKIPPED, text, written
-        crop = crop_to_lungs(volume, config)
+        crop = crop_to_lungs(volume, config, case.lungs)
         datasets, facts, attributes = case_datasets(volume, crop, config)
         write_artefact(path, "volume", datasets, provenance={**case.provenance, **facts}, attributes=attributes)
-    return DONE, "; ".join([*crop.messages, *notes]), replace(written, status=crop.status)
+    return (
+        DONE,
+        "; ".join([*crop.messages, *notes]),
+        replace(written, status=crop.status, convention=crop.lungs.get("convention", "")),
+    )
 
 
 def _add_reference(

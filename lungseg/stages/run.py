@@ -21,6 +21,7 @@ from lungseg.config.run import RunConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
+from lungseg.scan.lung_mask_labels import AUTO
 from lungseg.stages.cluster import cluster, find_model
 from lungseg.stages.cohort import CaseOutcome, StageResult, output_folder
 from lungseg.stages.evaluate import evaluate
@@ -48,6 +49,7 @@ def run(
     manifest: Path | None = None,
     id_map: Path | None = None,
     series: Sequence[str] = (),
+    lung_mask: Path | str | None = None,
     train: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
@@ -68,7 +70,8 @@ def run(
     plan = plan_run(config, model=Path(model) if model else None)
     store_path, bundle = output / "store", output / "bundle.safetensors"
     prepared = preprocess(
-        scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, series=series, execution=execution
+        scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, series=series, lung_mask=lung_mask,
+        execution=execution,
     )  # fmt: skip
     if not prepared.complete():
         return prepared
@@ -147,8 +150,9 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
         return make_config(cls, preset=preset, file_values=file_values, **{**values, **fixed})
 
     clustering = make(ClusterConfig, "cluster", seed=config.seed)
+    labels = None if config.lung_mask_labels == AUTO else config.lung_mask_labels
     return Plan(
-        make(PreprocessConfig, "preprocess", salt=config.salt or None),
+        make(PreprocessConfig, "preprocess", salt=config.salt or None, lung_mask_labels=labels),
         make(RadiomicsConfig, "extract-radiomics", seed=config.seed),
         make(TrainConfig, "train-ddpm", seed=config.seed),
         clustering,

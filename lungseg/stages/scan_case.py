@@ -19,6 +19,7 @@ from lungseg.scan.lungs import find_lungs
 from lungseg.scan.resample import resample_to_spacing
 from lungseg.scan.sources import Search, Source, read_manifest, search, voxel_digest
 from lungseg.scan.volume import STATUS_WORDS, Geometry, Volume
+from lungseg.stages.lung_source import CaseLungs, LungSource
 from lungseg.store.cases import Store, check_name, hashed_id
 from lungseg.store.patches import patch_table
 from lungseg.store.schema import make_provenance
@@ -145,15 +146,17 @@ class Identified:
     volume: Volume | None
     """Read already, where the ids needed it."""
     provenance: dict[str, Any]
+    lungs: CaseLungs = CaseLungs()
+    """Where its lungs come from."""
 
 
-def identify(source: Source, salt: str, config: PreprocessConfig) -> Identified:
-    """Final ids of a source; an image file, and a source with a problem, is read for them.
+def identify(source: Source, salt: str, config: PreprocessConfig, lungs: LungSource = LungSource()) -> Identified:
+    """Final ids of a source; an image file, and a source with a problem, is read for them, and so is a lung mask.
 
     Raises
     ------
     InputError
-        If it has to be read and cannot be.
+        If it has to be read and cannot be, or has no lung mask where it should.
     """
     volume = None
     case_id, key = source.case_id, source.key()
@@ -165,17 +168,18 @@ def identify(source: Source, salt: str, config: PreprocessConfig) -> Identified:
     source = replace(source, case_id=case_id, patient_id=source.patient_id or case_id)
     facts = {"split": source.split, "patient_id": source.patient_id, "inspiration": source.inspiration}
     # among the settings they are compared with what is there; other stages read them at the top
-    inputs = {"scan": hashed_id(salt, key)}
+    case_lungs = lungs.of_case(source, salt)
+    inputs = {"scan": hashed_id(salt, key), **case_lungs.inputs}
     provenance = make_provenance(
         "preprocess",
-        {**config.settings(), **facts},
+        {**config.settings(), **facts, **case_lungs.settings},
         inputs=inputs,
         case_id=case_id,
         permitted=config.permitted(),
         study=study_id(source, salt),
         **facts,
     )
-    return Identified(source, volume, provenance)
+    return Identified(source, volume, provenance, case_lungs)
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,8 @@ class LungCrop:
     fractions: np.ndarray
     """Patch table, see :func:`lungseg.store.patches.patch_table`."""
     lung_ml: float
+    lungs: dict[str, Any]
+    """Where the lungs come from, for the provenance; `method` is always there."""
     notes: tuple[str, ...]
     """What reading found and did, in words."""
     warnings: tuple[str, ...]
@@ -209,7 +215,7 @@ class LungCrop:
         return [*self.notes, *self.warnings]
 
 
-def crop_to_lungs(volume: Volume, config: PreprocessConfig) -> LungCrop:
+def crop_to_lungs(volume: Volume, config: PreprocessConfig, lungs: CaseLungs = CaseLungs()) -> LungCrop:
     """Lungs, crop and patch table of a scan: all that decides how it is judged.
 
     Parameters
@@ -217,13 +223,21 @@ def crop_to_lungs(volume: Volume, config: PreprocessConfig) -> LungCrop:
     volume : Volume
         CT in HU.
     config : PreprocessConfig
+    lungs : CaseLungs
+        Where the lungs come from.
 
     Returns
     -------
     LungCrop
         The whole scan if it has no lung.
+
+    Raises
+    ------
+    InputError
+        If a lung mask does not fit the scan.
     """
-    field = find_lungs(volume.array, volume.geometry.spacing_mm)
+    given = lungs.find(volume)
+    field = given.field if given else find_lungs(volume.array, volume.geometry.spacing_mm)
     start, stop = _lung_box(field.labels, volume.geometry, config.margin_mm)
     source_grid = volume.geometry.crop(start, stop)
     source_mask = np.ascontiguousarray(field.labels[_box(start, stop)])
@@ -245,6 +259,7 @@ def crop_to_lungs(volume: Volume, config: PreprocessConfig) -> LungCrop:
         corners=corners,
         fractions=fractions,
         lung_ml=field.volume_ml,
+        lungs=lungs.facts(field, given.convention if given else ""),
         notes=volume.notes,
         warnings=tuple(warnings),
         status=tuple(word for word in STATUS_WORDS if word in {*volume.status, *found}),
@@ -280,6 +295,7 @@ def case_datasets(
             "stored_axes": list(volume.stored_axes),
             "stored_flips": list(volume.stored_flips),
         },
+        "lungs": crop.lungs,
         "lung_volume_ml": round(crop.lung_ml, 3),
         "lung_median_hu": float(np.median(lung)) if lung.size else 0.0,
     }

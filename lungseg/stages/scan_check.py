@@ -21,6 +21,7 @@ from lungseg.errors import MismatchError
 from lungseg.scan.sources import Source, locations
 from lungseg.scan.volume import Volume
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, CaseReturn, StageResult, run_cases
+from lungseg.stages.lung_source import LungSource, choose_lungs
 from lungseg.stages.references import is_kept, labels_on, read_reference
 from lungseg.stages.scan_case import (
     LungCrop,
@@ -77,6 +78,8 @@ class CheckRow:
     body_hu: int | None = None
     """Most frequent values in the ranges of air and of soft tissue."""
     lung_ml: float | None = None
+    lung_labels: str = ""
+    """How the labels of its lung mask were read; '' for our own lungs."""
     num_patches: int | None = None
     complete: bool = False
     """In the store already."""
@@ -122,6 +125,7 @@ def check_scans(
     *,
     manifest: Path | None = None,
     series: Sequence[str] = (),
+    lung_mask: Path | str | None = None,
     as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
@@ -129,7 +133,7 @@ def check_scans(
 
     Parameters
     ----------
-    scans, config, manifest, series
+    scans, config, manifest, series, lung_mask
         As for ``preprocess``.
     output : Path, optional
         Where the store is or will be: its salt, its cases and its free disk are taken into account.
@@ -152,9 +156,11 @@ def check_scans(
         If the store at ``output`` has other settings and ``execution.overwrite`` is off.
     """
     store = _present_store(output, config, overwrite=execution.overwrite) if output else None
+    lungs = choose_lungs(lung_mask, config, scans=() if manifest else scans, force_cpu=execution.device == "cpu")
     found = find_scans(scans, config, manifest=manifest, series=series)
+    found = found if manifest else lungs.without_masks(found)
     salt = config.salt or (store.salt if store else secrets.token_hex(16))
-    sources = with_ids(found.sources, salt)
+    sources = lungs.match(with_ids(found.sources, salt))
     require_distinct(sources, locations(sources))
     names = case_names(sources)
     outcomes = run_cases(
@@ -163,6 +169,7 @@ def check_scans(
         salt,
         store,
         config,
+        lungs,
         execution.overwrite,
         names=names,
         title="preprocess --check",
@@ -172,7 +179,7 @@ def check_scans(
     known = dict(zip(names, sources, strict=True))
     rows = tuple(_row(o, known[o.case_id], store, places=execution.verbose) for o in outcomes)
     by_row = {row: known[outcome.case_id] for row, outcome in zip(rows, outcomes, strict=True)}
-    estimate = _estimate(by_row, config, output, execution)
+    estimate = _estimate(by_row, config, lungs, salt, output, execution)
     usable = sum(row.verdict != REFUSED for row in rows)
     result = StageResult(
         "preprocess --check",
@@ -211,10 +218,12 @@ def _present_store(output: Path, config: PreprocessConfig, *, overwrite: bool) -
     return store
 
 
-def _check_one(source: Source, salt: str, store: Store | None, config: PreprocessConfig, overwrite: bool) -> CaseReturn:
+def _check_one(
+    source: Source, salt: str, store: Store | None, config: PreprocessConfig, lungs: LungSource, overwrite: bool
+) -> CaseReturn:
     """Read one scan and judge it; gives back its row."""
     start = time.perf_counter()
-    case = identify(source, salt, config)
+    case = identify(source, salt, config, lungs)
     case_id = case.source.case_id
     complete = store is not None and store.is_done(
         store.case_file(case_id, "volume"), "volume", case.provenance, overwrite=overwrite
@@ -226,7 +235,7 @@ def _check_one(source: Source, salt: str, store: Store | None, config: Preproces
         if store is None or not is_kept(store, case_id, reference, overwrite=overwrite):
             labels_on(reference, volume.geometry, resample=config.resample_masks)
             notes = reference.notes
-    crop = crop_to_lungs(volume, config)
+    crop = crop_to_lungs(volume, config, case.lungs)
     row = CheckRow(
         case_id,
         WARNED if crop.warnings or crop.status else USABLE,
@@ -237,6 +246,7 @@ def _check_one(source: Source, salt: str, store: Store | None, config: Preproces
         coverage_mm=round(volume.geometry.extent_mm[0], 2),
         **_values(volume.array),
         lung_ml=round(crop.lung_ml, 1),
+        lung_labels=crop.lungs.get("convention", ""),
         num_patches=len(crop.corners),
         complete=complete,
         seconds=time.perf_counter() - start,
@@ -291,7 +301,12 @@ def _row(outcome: CaseOutcome, source: Source, store: Store | None, *, places: b
 
 
 def _estimate(
-    sources: dict[CheckRow, Source], config: PreprocessConfig, output: Path | None, execution: Execution
+    sources: dict[CheckRow, Source],
+    config: PreprocessConfig,
+    lungs: LungSource,
+    salt: str,
+    output: Path | None,
+    execution: Execution,
 ) -> Estimate | None:
     """From one accepted case of middle size, made in memory; None if there is nothing to do."""
     ahead = sorted((row for row in sources if row.verdict != REFUSED and not row.complete), key=lambda r: r.num_voxels)
@@ -300,8 +315,10 @@ def _estimate(
     middle = ahead[len(ahead) // 2]
     (measured,) = run_cases(
         _measure_one,
-        [for_worker(sources[middle])],
+        [replace(for_worker(sources[middle]), case_id=middle.case_id)],
         config,
+        lungs,
+        salt,
         names=[middle.case_id],
         title="preprocess --check: estimate",
         execution=replace(execution, shard="", jobs=1),
@@ -320,10 +337,10 @@ def _estimate(
     )
 
 
-def _measure_one(source: Source, config: PreprocessConfig) -> CaseReturn:
+def _measure_one(source: Source, config: PreprocessConfig, lungs: LungSource, salt: str) -> CaseReturn:
     """Make the file of one case in memory; gives back its bytes, and the seconds that checking does not take."""
     volume = source.read(config.read_options())
-    crop = crop_to_lungs(volume, config)
+    crop = crop_to_lungs(volume, config, lungs.of_case(source, salt))
     start = time.perf_counter()
     datasets, facts, attributes = case_datasets(volume, crop, config)
     image, _ = artefact_bytes("volume", datasets, provenance=facts, attributes=attributes)
@@ -402,4 +419,5 @@ def _lung_text(row: CheckRow) -> str:
         return "-"
     if "no-lung" in row.status:
         return "none"
-    return f"{row.lung_ml:.0f} mL" + (" truncated" if "truncated" in row.status else "")
+    origin = f" (mask: {row.lung_labels})" if row.lung_labels else ""
+    return f"{row.lung_ml:.0f} mL" + (" truncated" if "truncated" in row.status else "") + origin

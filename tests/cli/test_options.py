@@ -92,7 +92,8 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
     assert plan["command"] == name
     assert set(plan["paths"]) == {path.name for path in command.paths}
     if name == "run":
-        assert plan["config"] == {"preset": preset, "config": "", "salt": "", "seed": None}
+        own = {"config": "", "salt": "", "lung_mask_labels": "auto", "seed": None}
+        assert plan["config"] == {"preset": preset, **own}
     else:
         assert plan["config"] == to_dict(make_config(command.config, preset=preset))
     assert list(tmp_path.iterdir()) == []
@@ -126,8 +127,13 @@ def test_dry_run_shows_what_was_typed() -> None:
     plan = json.loads(call("preprocess", "a", "b", "-o", "x", "--dry-run").stdout)
     switches = dict.fromkeys(("list_scans", "check", "as_json"), False)
     assert plan["paths"] == {
-        "scans": ["a", "b"], "output": "x", "manifest": None, "id_map": None, "series": [], **switches
+        "scans": ["a", "b"], "output": "x", "manifest": None, "id_map": None, "series": [], "lung_mask": None,
+        **switches,
     }  # fmt: skip
+    arguments = ("run", "a", "-o", "x", "--train", "--lung-mask", "masks", "--lung-mask-labels", "cip", "--dry-run")
+    plan = json.loads(call(*arguments).stdout)
+    assert plan["paths"]["lung_mask"] == "masks"
+    assert plan["stages"]["preprocess"]["lung_mask_labels"] == "cip"
     plan = json.loads(call("preprocess", "a", "--check", "--series", "k1,k2", "--series", "k3", "--dry-run").stdout)
     assert plan["paths"]["series"] == ["k1,k2", "k3"]
     assert plan["paths"]["check"] is True

@@ -310,6 +310,36 @@ def test_names_and_text_fields_of_image_files_reach_nothing(tmp_path: Path) -> N
     assert assert_clean_files(tmp_path / "cohort") >= 4
 
 
+def write_lung_mask(path: Path, *, sides: bool = True) -> Path:
+    """The lungs of the chest: 1 left and 2 right, or the wrong way round."""
+    image = sitk.ReadImage(str(write_itk(path)))
+    hu = sitk.GetArrayFromImage(image)
+    lung = (hu < -600) & (hu > -950)
+    left = np.arange(hu.shape[2]) >= hu.shape[2] / 2
+    labels = np.where(lung, np.where(left == sides, 1, 2), 0).astype(np.uint8)
+    mask = sitk.GetImageFromArray(labels)
+    mask.CopyInformation(image)
+    sitk.WriteImage(mask, str(path))
+    return path
+
+
+def test_names_of_lung_masks_reach_nothing(tmp_path: Path) -> None:
+    scan = write_nifti(tmp_path / f"{CANARY}.nii.gz")
+    (tmp_path / f"{CANARY} masks").mkdir()
+    mask = write_lung_mask(tmp_path / f"{CANARY} masks" / f"{CANARY}.nrrd")
+    for number, given in enumerate((mask, mask.parent)):
+        result = preprocess(scan, "-o", tmp_path / f"cohort-{number}", "--lung-mask", given, "-v")
+        assert_clean_text(result.stdout + result.stderr, what="output")
+        assert assert_clean_files(tmp_path / f"cohort-{number}") >= 2
+    write_lung_mask(mask, sides=False)
+    result = preprocess(scan, "-o", tmp_path / "cohort-2", "--lung-mask", mask, "--lung-mask-labels", "lungseg", code=3)
+    assert_clean_text(result.stdout + result.stderr, what="output")  # it fits no lung: the case id tells which one
+    mask.write_bytes(b"no image")
+    result = preprocess(scan, "-o", tmp_path / "cohort-3", "--lung-mask", mask.parent, code=3)
+    assert_clean_text(result.stdout, what="standard output")
+    assert CANARY in result.stderr  # the user must know which file is damaged
+
+
 def test_names_of_archives_and_members_reach_nothing(scans: Path, tmp_path: Path) -> None:
     (tmp_path / CANARY).mkdir()
     archive = write_zip(tmp_path / CANARY / f"{CANARY}.zip", next(scans.iterdir()))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lungmask_package import VERSION, WEIGHTS, install
 from rich.console import Console
 from tiny_store import SHAPE, make_store
 
@@ -65,9 +66,19 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch: pytest.Monk
     assert found["SimpleITK"] == ("missing", "")
     assert found["pyradiomics-cuda"][0] == "missing"
     assert "pip install 'lungseg[pyradiomics]'" in found["pyradiomics-cuda"][1]
+    assert found["lungmask"] == ("missing", "for preprocess --lung-mask lungmask: pip install 'lungseg[lungmask]'")
     assert "spreading cases" in found["distributed"][1]
     assert "this torch is a CPU build" in found["CUDA"][1]
     assert "lungseg[cluster]" in printed(doctor())
+
+
+def test_doctor_says_what_lungmask_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "whole", monkeypatch)
+    assert rows(doctor())["lungmask"] == (VERSION, "")
+    install(tmp_path / "bare", monkeypatch, weights=None)
+    found, remark = rows(doctor())["lungmask"]
+    assert found == VERSION
+    assert f"the weights {WEIGHTS} are not on this machine" in remark
 
 
 def test_doctor_lists_devices(monkeypatch: pytest.MonkeyPatch) -> None:
