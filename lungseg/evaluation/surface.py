@@ -1,19 +1,60 @@
-"""Distances between the surfaces of two masks, in millimetres.
+"""Distances between the surfaces of two masks, in millimetres: HD95, ASSD and surface Dice.
 
-One definition, METHOD 0.4: border voxels (mask minus its 6-connected erosion), physical spacing, the larger of the
-two directed 95th percentiles. It equals MONAI's HD95. Arrays are ``(z, y, x)``.
+Three published definitions share the name HD95; each has its sentence in ``HD95_DEFINITIONS``, which every table
+prints. The default is METHOD 0.4. Arrays are ``(z, y, x)``, or ``(y, x)`` for one slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lungseg.errors import InputError
+from lungseg.evaluation.surface_elements import element_areas, surface_elements
 
 HD_PERCENTILE = 95.0
-"""Percentile of each directed distance, linear interpolation (METHOD 0.4)."""
+"""Percentile of the distances, linear interpolation (METHOD 0.4)."""
+BORDER, SURFACE, MEDPY = "border", "surface", "medpy"
+HD95_DEFINITIONS: Mapping[str, str] = {
+    BORDER: (
+        "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, larger of the two directed "
+        "95th percentiles (MONAI's definition)."
+    ),
+    SURFACE: (
+        "HD95 in mm: surface elements weighted by their area (marching cubes between voxel centres), physical spacing, "
+        "larger of the two directed 95th percentiles of area (the definition of the package surface-distance; it "
+        "reads lower than MONAI's)."
+    ),
+    MEDPY: (
+        "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, 95th percentile of both "
+        "directions pooled (medpy's definition; it lies between the two directed percentiles)."
+    ),
+}
+"""What each choice of HD95 means: printed with every table (METHOD 0.4)."""
+ASSD_DEFINITION = "ASSD in mm: mean distance of border voxels to the other border, both directions pooled."
+"""Printed with every table that shows it. Equal to MONAI's symmetric average surface distance."""
+
+
+def surface_dice_definition(tolerance_mm: float) -> str:
+    """Sentence that says what the surface Dice of a table is."""
+    return (
+        f"Surface Dice (NSD): share of both surfaces, by area, that lies within {tolerance_mm:g} mm of the other one "
+        "(surface-distance's definition)."
+    )
+
+
+@dataclass(frozen=True)
+class SurfaceFigures:
+    """Surface figures of one pair of masks."""
+
+    hd95_mm: float
+    """95th percentile Hausdorff distance in mm; nan if a mask is empty."""
+    assd_mm: float
+    """Average symmetric surface distance in mm; nan if a mask is empty."""
+    surface_dice: float
+    """0 to 1 at the tolerance; 0 if one mask is empty, nan if both are."""
 
 
 def require_masks(prediction: np.ndarray, reference: np.ndarray) -> None:
@@ -111,41 +152,102 @@ def directed_distances_mm(border_from: np.ndarray, border_to: np.ndarray, *, spa
     return np.sqrt(squared)
 
 
-def hd95_mm(prediction: np.ndarray, reference: np.ndarray, *, spacing_mm: Sequence[float]) -> float:
-    """95th percentile Hausdorff distance of two masks, in mm.
+def surface_figures(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    *,
+    spacing_mm: Sequence[float],
+    hd95: str = BORDER,
+    tolerance_mm: float = 2.0,
+) -> SurfaceFigures:
+    """HD95, ASSD and surface Dice of two masks.
 
     Parameters
     ----------
-    prediction, reference : bool arrays of one shape, (Z, Y, X)
+    prediction, reference : bool arrays of one shape, (Z, Y, X) or (Y, X)
     spacing_mm : sequence of float
-        Distance of voxel centres along (z, y, x) in mm. Mandatory: there is no sensible default.
+        Distance of voxel centres along each axis in mm. Mandatory: there is no sensible default.
+    hd95 : str
+        Key of ``HD95_DEFINITIONS``. ASSD is always over border voxels and surface Dice always over areas.
+    tolerance_mm : float
+        Two surfaces agree within it, inclusive (surface Dice).
 
     Returns
     -------
-    float
-        Larger of the two directed 95th percentiles (linear interpolation) of the distances between border voxels.
-        ``nan`` if either mask is empty: how a missed class counts is decided in ``overlap.score_case``.
+    SurfaceFigures
+        How an empty side counts is decided in ``overlap.score_case``; here it gives no distance.
 
     Raises
     ------
     InputError
-        If the shapes differ, a mask is not bool or the spacing is not positive.
+        If the shapes differ, a mask is not bool, or the spacing, tolerance or definition is not valid.
 
     Source
     ------
-    METHOD 0.4; equal to MONAI ``compute_hausdorff_distance(percentile=95)`` within 1e-5·max(1, |x|).
+    METHOD 0.4. Nikolov et al., arXiv 1809.04430 (area-weighted percentile and surface Dice).
     """
     require_masks(prediction, reference)
     spacing = require_spacing(spacing_mm, prediction.ndim)
-    if not prediction.any() or not reference.any():
-        return float("nan")
+    require_definition(hd95, tolerance_mm)
     box = bounding_box(prediction | reference)
-    assert box is not None
+    if box is None:
+        return SurfaceFigures(np.nan, np.nan, np.nan)
     # Beyond the union box both masks are background, so its faces are borders exactly as in the full volume.
-    borders = border_voxels(prediction[box]), border_voxels(reference[box])
+    prediction, reference = prediction[box], reference[box]
+    if not prediction.any() or not reference.any():
+        return SurfaceFigures(np.nan, np.nan, 0.0)
+    borders = border_voxels(prediction), border_voxels(reference)
     there = directed_distances_mm(borders[0], borders[1], spacing_mm=spacing)
     back = directed_distances_mm(borders[1], borders[0], spacing_mm=spacing)
-    return float(max(np.percentile(there, HD_PERCENTILE), np.percentile(back, HD_PERCENTILE)))
+    first, second = _element_distances(prediction, reference, spacing)
+    if hd95 == SURFACE:
+        hausdorff = max(_area_percentile(*first), _area_percentile(*second))
+    elif hd95 == MEDPY:
+        hausdorff = np.percentile(np.concatenate([there, back]), HD_PERCENTILE)
+    else:
+        hausdorff = max(np.percentile(there, HD_PERCENTILE), np.percentile(back, HD_PERCENTILE))
+    near = sum(float(areas[distances <= tolerance_mm].sum()) for distances, areas in (first, second))
+    total = sum(float(areas.sum()) for _, areas in (first, second))
+    assd = (there.sum() + back.sum()) / (there.size + back.size)
+    return SurfaceFigures(float(hausdorff), float(assd), near / total)
+
+
+def hd95_mm(
+    prediction: np.ndarray, reference: np.ndarray, *, spacing_mm: Sequence[float], definition: str = BORDER
+) -> float:
+    """95th percentile Hausdorff distance of two masks, in mm: ``surface_figures`` for one figure."""
+    return surface_figures(prediction, reference, spacing_mm=spacing_mm, hd95=definition).hd95_mm
+
+
+def require_definition(hd95: str, tolerance_mm: float) -> None:
+    """Raise ``InputError`` unless the HD95 is a known one and the tolerance a distance."""
+    if hd95 not in HD95_DEFINITIONS:
+        raise InputError(f"unknown HD95 definition {hd95!r}: choose one of {', '.join(HD95_DEFINITIONS)}")
+    if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise InputError(f"the tolerance of the surface Dice must be 0 mm or more, not {tolerance_mm}")
+
+
+Elements = tuple[np.ndarray, np.ndarray]
+"""Distance in mm and area of each surface element of one mask."""
+
+
+def _element_distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
+) -> tuple[Elements, Elements]:
+    """Distance of each surface element to the other surface, and its area, for both directions."""
+    areas = element_areas(spacing)
+    (first, first_codes), (second, second_codes) = surface_elements(prediction), surface_elements(reference)
+    there = directed_distances_mm(first, second, spacing_mm=spacing)
+    back = directed_distances_mm(second, first, spacing_mm=spacing)
+    return (there, areas[first_codes]), (back, areas[second_codes])
+
+
+def _area_percentile(distances: np.ndarray, areas: np.ndarray) -> float:
+    """Smallest distance within which 95 % of the area lies."""
+    order = np.argsort(distances, kind="stable")
+    share = np.cumsum(areas[order]) / areas.sum()
+    index = int(np.searchsorted(share, HD_PERCENTILE / 100.0))
+    return float(distances[order[min(index, len(order) - 1)]])
 
 
 def lung_box_diagonal_mm(lung_mask: np.ndarray, spacing_mm: Sequence[float]) -> float:

@@ -76,6 +76,7 @@ def test_means_and_counts_by_hand():
         "false tissue": 1,
         "absent": 1,
         "missing prediction": 1,
+        "missing reference": 0,
     }
     assert summary.missing_predictions == ("f",)
     assert [row.tissue for row in summary.classes] == ["ggo", "healthy"]
