@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from lungseg.errors import InputError
-from lungseg.scan.dicom_frames import FRAME_GROUPS, SHARED_GROUPS, Frame, read_frames
+from lungseg.scan.dicom_frames import (
+    FRAME_GROUPS,
+    PIXEL_MEASURES,
+    SHARED_GROUPS,
+    Frame,
+    read_frames,
+    sequence_items,
+)
 from lungseg.scan.dicom_stack import SAME_POSITION_MM
 from lungseg.scan.dicom_values import Cosines
 from lungseg.scan.hu import require_memory
@@ -24,7 +31,7 @@ from lungseg.scan.volume import Volume
 
 SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage and Label Map Segmentation Storage (PS3.4 B.5)."""
-SEGMENT_IDENTIFICATION, REFERENCED_SEGMENT = 0x0062000A, 0x0062000B
+SEGMENT_IDENTIFICATION = 0x0062000A
 STEP_TOLERANCE = 0.05
 """Largest deviation of a frame from the even grid of slices, in slices."""
 SHIFT_PIXELS = 0.1
@@ -138,7 +145,7 @@ def _volume(
     axes = np.stack([along_row * spacing[1], down_column * spacing[0], normal * step], axis=1)
     geometry = grid_of(axes, positions[int(slices.argmin())], shape, LPS_TO_SPL, str(path))
     array = np.zeros(shape, dtype)
-    segments = _referenced_segments(dataset, len(frames)) if kind == "BINARY" else [0] * len(frames)
+    segments = _referenced_segments(dataset) if kind == "BINARY" else [0] * len(frames)
     filled: set[int] = set()
     for at, number, pixels in zip(slices.tolist(), segments, _pixels(dataset, kind, path), strict=True):
         if kind == "BINARY":
@@ -169,9 +176,9 @@ def _common_plane(frames: tuple[Frame, ...], path: Path) -> tuple[Cosines, tuple
 def _stated_mm(dataset: Any, keyword: str) -> float | None:
     """A length of the pixel measures in mm, None if the file does not state it."""
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
-        groups = dataset[tag].value if tag in dataset else ()
-        measures = groups[0].get("PixelMeasuresSequence", ()) if len(groups) else ()
-        value = measures[0].get(keyword) if len(measures) else None
+        groups = sequence_items(dataset, tag)
+        measures = sequence_items(groups[0], PIXEL_MEASURES) if groups else []
+        value = measures[0].get(keyword) if measures else None
         if value is not None and float(value) > 0:
             return float(value)
     return None
@@ -212,21 +219,15 @@ def _check_sideways(positions: np.ndarray, plane: np.ndarray, spacing: tuple[flo
         )
 
 
-def _referenced_segments(dataset: Any, count: int) -> list[int]:
+def _referenced_segments(dataset: Any) -> list[int]:
     """Segment number of each frame; -1 if a frame names none."""
-    shared = dataset[SHARED_GROUPS].value if SHARED_GROUPS in dataset else ()
-    common = shared[0] if len(shared) else None
+    shared = sequence_items(dataset, SHARED_GROUPS)
     numbers = []
-    for own in dataset[FRAME_GROUPS].value:
-        found = -1
-        for groups in (own, common):
-            named = groups is not None and SEGMENT_IDENTIFICATION in groups
-            items = groups[SEGMENT_IDENTIFICATION].value if named else ()
-            if len(items) and REFERENCED_SEGMENT in items[0]:
-                found = int(items[0][REFERENCED_SEGMENT].value)
-                break
-        numbers.append(found)
-    assert len(numbers) == count
+    for own in sequence_items(dataset, FRAME_GROUPS):
+        named = sequence_items(own, SEGMENT_IDENTIFICATION) or (
+            sequence_items(shared[0], SEGMENT_IDENTIFICATION) if shared else []
+        )
+        numbers.append(int(named[0].get("ReferencedSegmentNumber", -1)) if named else -1)
     return numbers
 
 
