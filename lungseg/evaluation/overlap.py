@@ -136,11 +136,7 @@ def score_case(
     METHOD 0.4.
     """
     spacing = require_spacing(spacing_mm, reference.ndim)
-    if prediction.shape != reference.shape:
-        raise InputError(
-            f"case {case_id}: prediction {prediction.shape} and reference {reference.shape} lie on different grids; "
-            "resample the prediction to the reference first"
-        )
+    require_same_shape(prediction, reference, case_id)
     require_view(view)
     prediction = label_bytes(prediction, side="prediction", case_id=case_id)
     reference = label_bytes(reference, side="reference", case_id=case_id)
@@ -320,6 +316,15 @@ def _score_class(
         surface_dice=figures.surface_dice,
         slice_index=row.slice_index,
     )
+
+
+def require_same_shape(prediction: np.ndarray, reference: np.ndarray, case_id: str) -> None:
+    """Raise ``InputError`` naming the case unless both label maps have one shape."""
+    if prediction.shape != reference.shape:
+        raise InputError(
+            f"case {case_id}: prediction {prediction.shape} and reference {reference.shape} lie on different grids; "
+            "resample the prediction to the reference first"
+        )
 
 
 def annotated_parts(reference: np.ndarray, settings: ScoreSettings, case_id: str) -> Sequence[int | None]:
