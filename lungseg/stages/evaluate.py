@@ -13,7 +13,8 @@ from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.errors import InputError, StoreError
 from lungseg.evaluation.overlap import missing_prediction_scores, score_case
-from lungseg.evaluation.tables import cases_csv, markdown_table, rich_table, summarise, summary_dict
+from lungseg.evaluation.summary import summarise
+from lungseg.evaluation.tables import cases_csv, markdown_table, results_dict, rich_table
 from lungseg.scan.nifti import read_image
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import IMAGE_SUFFIXES
@@ -88,8 +89,8 @@ def evaluate(
     left = [c for c in store.case_ids() if c not in scored] if store else []
     unscored = (f"{len(left)} cases have no reference and are not scored: {', '.join(left[:5])}",) if left else ()
     summary = summarise(scores, num_bootstrap=config.bootstrap, seed=config.seed)
-    figures = {**summary_dict(summary), "config": to_dict(config)}
-    write_text(output / "cases.csv", cases_csv(scores))
+    figures = {**results_dict([summary]), "config": to_dict(config)}
+    write_text(output / "cases.csv", cases_csv({config.name: scores}))
     write_json(output / "summary.json", figures)
     write_text(output / "table.md", markdown_table(summary))
     return StageResult(
