@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,10 +36,12 @@ ERROR_ALPHA = 0.35
 """Opacity of what only one side holds."""
 MARGIN_MM = 12.0
 """Shown around everything that either side labels in the slice."""
+DASHES = (0, (3.0, 1.5))
+"""Of the prediction's outline, so that the reference's shows through where both agree."""
 PICTURE_INCH, DPI = 4.4, 110
 """Longer side of a picture: 484 pixels, sharp on a telephone and small enough for a page of many."""
-BLANK_HU = -1400.0
-"""Below the window: what a pair without a CT is drawn on."""
+BLANK_HU, LABELLED_HU = -1400.0, -1050.0
+"""Greys on which a pair without a CT is drawn: black, and dark where either side has any label."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class WorstSlice:
     """bool, (Y, X): the class in the prediction."""
     reference: np.ndarray
     """bool, (Y, X): the class in the reference."""
+    labelled: np.ndarray
+    """bool, (Y, X): where either side has any label; it gives a picture without a CT its shape."""
     spacing_mm: tuple[float, float]
     """(y, x) in mm."""
     image_hu: np.ndarray | None = None
@@ -131,12 +135,14 @@ def worst_slice(
     elif not 0 <= slice_index < len(prediction):
         raise InputError(f"slice {slice_index} does not lie in 0 to {len(prediction) - 1}")
     here = prediction[slice_index], reference[slice_index]
-    window = _window((here[0] != OUTSIDE) | (here[1] != OUTSIDE), spacing[1:])
+    labelled = (here[0] != OUTSIDE) | (here[1] != OUTSIDE)
+    window = _window(labelled, spacing[1:])
     return WorstSlice(
         slice_index=slice_index,
         num_slices=len(prediction),
         prediction=np.isin(here[0][window], list(ids)),
         reference=np.isin(here[1][window], list(ids)),
+        labelled=labelled[window].copy(),
         spacing_mm=(spacing[1], spacing[2]),
         image_hu=None if volume_hu is None else volume_hu[slice_index][window].copy(),
     )
@@ -192,7 +198,7 @@ def slice_png(cut: WorstSlice, *, outlines: bool = True) -> bytes:
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     low, high = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2, WINDOW_LEVEL_HU + WINDOW_WIDTH_HU / 2
-    grey = np.full(cut.reference.shape, BLANK_HU) if cut.image_hu is None else cut.image_hu
+    grey = np.where(cut.labelled, LABELLED_HU, BLANK_HU) if cut.image_hu is None else cut.image_hu
     extent = (0.0, width, height, 0.0)
     axes.imshow(
         grey, cmap="gray", vmin=low, vmax=high, interpolation="bilinear", aspect="auto", origin="upper", extent=extent
@@ -200,7 +206,7 @@ def slice_png(cut: WorstSlice, *, outlines: bool = True) -> bytes:
     if outlines:
         axes.imshow(_errors(cut), interpolation="nearest", aspect="auto", origin="upper", extent=extent)
         _outline(axes, cut.reference, cut.spacing_mm, REFERENCE_COLOUR, "solid")
-        _outline(axes, cut.prediction, cut.spacing_mm, PREDICTION_COLOUR, "dashed")
+        _outline(axes, cut.prediction, cut.spacing_mm, PREDICTION_COLOUR, DASHES)
     _marks(axes, width, height)
     out = io.BytesIO()
     # print_png and not savefig: the latter obeys the user's matplotlibrc (dpi, bbox, transparency).
@@ -220,7 +226,7 @@ def _errors(cut: WorstSlice) -> np.ndarray:
 
 
 def _outline(
-    axes: Axes, mask: np.ndarray, spacing: tuple[float, float], colour: tuple[int, int, int], style: str
+    axes: Axes, mask: np.ndarray, spacing: tuple[float, float], colour: tuple[int, int, int], style: Any
 ) -> None:
     """Border of a mask, closed at the edge of the picture."""
     if not mask.any():
@@ -248,4 +254,12 @@ def _marks(axes: Axes, width: float, height: float) -> None:
         )  # fmt: skip
     right = 0.97 * width
     for thickness, colour in ((4.4, BACKGROUND), (2.2, FOREGROUND)):
-        axes.plot([right - bar, right], [0.965 * height] * 2, color=colour, linewidth=thickness, solid_capstyle="butt")
+        axes.plot(
+            [right - bar, right],
+            [0.965 * height] * 2,
+            color=colour,
+            linewidth=thickness,
+            solid_capstyle="butt",
+            linestyle="-",
+            marker="",
+        )
