@@ -172,6 +172,14 @@ CLASS_NAMES: Mapping[str, int] = {
 fibrosis by METHOD 0.1."""
 
 
+def class_name(label: int) -> str:
+    """Name of a class of the evaluation (`none` for ``OUTSIDE``); ``KeyError`` if there is none."""
+    for name, value in CLASS_NAMES.items():
+        if value == int(label):
+            return name
+    raise KeyError(label)
+
+
 @dataclass(frozen=True)
 class LabelConvention:
     """What the ids of a tool or data set mean."""

@@ -129,17 +129,23 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "evaluate",
         "lungseg.stages.evaluate:evaluate",
-        "Score label maps against references: DSC, HD95 in mm, and what was missed.",
+        "Score label maps of any tool against references: DSC, HD95 in mm, and what was missed.",
         (
-            PathOption("predictions", "Patch store, or folder of label maps named like the references.", required=True),
+            PathOption(
+                "predictions",
+                "Patch store, or folders of label maps named like the references (one for each method).",
+                required=True,
+                many=True,
+            ),
             PathOption("reference", "Folder of reference label maps; a store may hold its own.", ("--reference",)),
             PathOption("id_map", "Id map of the store: references may be named like the sources.", ("--id-map",)),
-            _output("Folder of the tables."),
+            PathOption("patients", "CSV with columns case and patient, for folders.", ("--patients",)),
+            _output("Folder of the tables and pictures."),
         ),
         EvaluateConfig,
         (
-            "lungseg evaluate cohort --reference labels -o results",
-            "lungseg evaluate predictions --reference labels -o results --view paper",
+            "lungseg evaluate cohort --reference labels -o results --names diffseglung,density",
+            "lungseg evaluate nnunet/ ours/ --reference labels -o results --label-map dataset.json --patients p.csv",
         ),
         ("jobs", "dry_run", *_SAYING),
     ),

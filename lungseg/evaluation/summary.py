@@ -118,6 +118,8 @@ class Summary:
     """Bootstrap samples."""
     seed: int
     """Seed of the bootstrap."""
+    notes: tuple[str, ...] = ()
+    """What else must stand with the table: cases that could not be read, classes that the reference cannot tell."""
 
     @property
     def title(self) -> str:

@@ -85,6 +85,7 @@ def header_lines(summaries: Sequence[Summary]) -> list[str]:
         return []
     own = [summary for summary in summaries if not summary.is_oracle]
     lines = [line for summary in own or summaries for line in _count_lines(summary)]
+    lines += [note for summary in summaries for note in summary.notes]
     first = summaries[0]
     if any(summary.is_oracle for summary in summaries):
         lines.append(ORACLE_NOTE)

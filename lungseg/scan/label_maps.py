@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lungseg.errors import InputError, UsageError
-from lungseg.tissue import CLASS_NAMES, LABEL_CONVENTIONS, OUTSIDE, LabelConvention
+from lungseg.tissue import CLASS_NAMES, LABEL_CONVENTIONS, OUTSIDE, LabelConvention, class_name
 
 OWN_FILE = "own file"
 """What a label map from a file is called: the file's name may hold a patient's."""
@@ -55,7 +55,7 @@ class LabelMap:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the record of an evaluation: no path in it."""
-        classes = {str(key): int(value) for key, value in sorted(self.convention.classes.items())}
+        classes = {str(key): class_name(value) for key, value in sorted(self.convention.classes.items())}
         return {"name": self.name, "part": self.convention.part, "classes": classes, "source": self.convention.source}
 
 
