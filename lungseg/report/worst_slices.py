@@ -236,7 +236,7 @@ def _outline(
     x = (np.arange(-1, mask.shape[1] + 1) + 0.5) * spacing[1]
     axes.contour(
         x, y, np.pad(mask, 1).astype(float),
-        levels=[0.5], colors=[tuple(c / 255 for c in colour)], linewidths=1.6, linestyles=style,
+        levels=[0.5], colors=[tuple(c / 255 for c in colour)], linewidths=1.6, linestyles=[style],
     )  # fmt: skip
 
 
