@@ -37,6 +37,7 @@ from lungseg.evaluation.scores import (
     ScoreSettings,
 )
 from lungseg.evaluation.surface import (
+    bounding_box,
     lung_box_diagonal_mm,
     require_masks,
     require_spacing,
@@ -140,15 +141,17 @@ def score_case(
     require_view(view)
     prediction = label_bytes(prediction, side="prediction", case_id=case_id)
     reference = label_bytes(reference, side="reference", case_id=case_id)
-    whole = confusion_counts(prediction, reference)
+    # Everything beyond the box is 0 on both sides and has no surface.
+    box = bounding_box(prediction | reference) or (slice(0),) * reference.ndim
+    cropped = prediction[box], reference[box]
+    whole = confusion_counts(*cropped)
     require_known(whole.sum(axis=1), view, side="prediction", case_id=case_id)
     require_known(whole.sum(axis=0), view, side="reference", case_id=case_id)
     penalty_mm = _penalty_mm(reference, lung_mask, spacing, case_id, settings)
     voxel_ml = math.prod(spacing) / 1000.0
     scores = []
     for slice_index in annotated_parts(reference, settings, case_id):
-        part = slice(None) if slice_index is None else slice_index
-        pair = prediction[part], reference[part]
+        pair = cropped if slice_index is None else (prediction[slice_index], reference[slice_index])
         counts = whole if slice_index is None else confusion_counts(*pair)
         for name, ids in view.items():
             row = _Row(case_id, patient_id, name, slice_index, settings, voxel_ml, penalty_mm)
@@ -290,10 +293,8 @@ def _score_class(
         return row.uncounted(FALSE_TISSUE if num_predicted else ABSENT, reference_ml, predicted_ml, hit * row.voxel_ml)
     if not num_predicted:
         return row.missed(MISSED, reference_ml, predicted_ml)
-    table = np.zeros(256, dtype=bool)
-    table[list(map(int, ids))] = True
     figures = surface_figures(
-        table[pair[0]], table[pair[1]],
+        _mask(pair[0], ids), _mask(pair[1], ids),
         spacing_mm=spacing[-pair[0].ndim :], hd95=row.settings.hd95, tolerance_mm=row.settings.tolerance_mm,
     )  # fmt: skip
     return ClassScore(
@@ -316,6 +317,14 @@ def _score_class(
         surface_dice=figures.surface_dice,
         slice_index=row.slice_index,
     )
+
+
+def _mask(labels: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Voxels with one of the ids: some comparisons of bytes are far faster than one look-up."""
+    mask = labels == int(ids[0])
+    for other in ids[1:]:
+        mask |= labels == int(other)
+    return mask
 
 
 def require_same_shape(prediction: np.ndarray, reference: np.ndarray, case_id: str) -> None:

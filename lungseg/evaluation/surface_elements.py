@@ -12,6 +12,8 @@ from itertools import product
 
 import numpy as np
 
+from lungseg.evaluation.distances import nonzero, slabs
+
 CORNERS_OF_CUBE = 8
 """Voxels that meet in a corner of a volume; bit i of an element's code is the voxel at the i-th of ``_offsets(3)``."""
 HALF_OF_CORNERS = 4
@@ -34,18 +36,20 @@ def surface_elements(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Kind of each element, in the order of ``numpy.nonzero(corners)``: index into ``element_areas``.
     """
     padded = np.pad(mask, 1)
-    some, every = padded, padded
-    for axis in range(mask.ndim):
-        lower = (slice(None),) * axis + (slice(None, -1),)
-        upper = (slice(None),) * axis + (slice(1, None),)
-        some, every = some[lower] | some[upper], every[lower] & every[upper]
-    corners = some & ~every
-    here = np.ravel_multi_index(np.nonzero(corners), padded.shape)
-    voxels = padded.ravel()
+    corners = np.empty([n + 1 for n in mask.shape], dtype=bool)
+    for slab in slabs(corners.shape):
+        some = every = padded[slab.start : slab.stop + 1]
+        for axis in range(mask.ndim):
+            lower = (slice(None),) * axis + (slice(None, -1),)
+            upper = (slice(None),) * axis + (slice(1, None),)
+            some, every = some[lower] | some[upper], every[lower] & every[upper]
+        np.greater(some, every, out=corners[slab])
+    here = np.ravel_multi_index(nonzero(corners), padded.shape)
+    voxels = padded.reshape(-1).view(np.uint8)
     codes = np.zeros(here.size, dtype=np.uint8)
     for bit, offset in enumerate(_offsets(mask.ndim)):
         step = int(np.ravel_multi_index(offset, padded.shape))
-        codes |= voxels[here + step].astype(np.uint8) << np.uint8(bit)
+        codes |= voxels.take(here + step) << np.uint8(bit)
     return corners, codes
 
 
