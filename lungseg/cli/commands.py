@@ -140,6 +140,7 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("reference", "Folder of reference label maps; a store may hold its own.", ("--reference",)),
             PathOption("id_map", "Id map of the store: references may be named like the sources.", ("--id-map",)),
             PathOption("patients", "CSV with columns case and patient, for folders.", ("--patients",)),
+            PathOption("images", "Folder of CT scans named like the cases, for pictures.", ("--images",)),
             _output("Folder of the tables and pictures."),
         ),
         EvaluateConfig,

@@ -14,27 +14,26 @@ from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.errors import InputError, PartialError
 from lungseg.evaluation.comparison import compare_methods
-from lungseg.evaluation.oracle import OracleNaming, oracle_naming
-from lungseg.evaluation.scores import MISSING_PREDICTION, MISSING_REFERENCE, ClassScore, ScoreSettings
-from lungseg.evaluation.summary import ORACLE_SUFFIX, summarise_methods
-from lungseg.evaluation.tables import (
-    cases_csv,
+from lungseg.evaluation.comparison_tables import (
     comparison_csv,
     comparison_latex,
     comparison_markdown,
     comparison_rich_table,
-    latex_table,
-    markdown_table,
-    results_dict,
-    rich_table,
 )
+from lungseg.evaluation.oracle import OracleNaming, oracle_naming
+from lungseg.evaluation.scores import MISSING_PREDICTION, MISSING_REFERENCE, ClassScore, ScoreSettings
+from lungseg.evaluation.summary import ORACLE_SUFFIX, summarise_methods
+from lungseg.evaluation.tables import cases_csv, latex_table, markdown_table, results_dict, rich_table
+from lungseg.report.score_pictures import score_boxplot_png
+from lungseg.report.worst_cases import worst_cases_html
 from lungseg.scan.discovery import DICOM_SUFFIXES
 from lungseg.scan.label_images import DEFAULT_MAP
 from lungseg.scan.label_maps import LabelMap
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult, output_folder, run_cases
 from lungseg.stages.evaluate_case import CaseScores, Scoring, oracle_scores, score_pair
 from lungseg.stages.evaluate_pairs import ScoringPlan, make_plan
-from lungseg.store.atomic import write_json, write_text
+from lungseg.stages.evaluate_worst import worst_of_methods
+from lungseg.store.atomic import write_bytes, write_json, write_text
 from lungseg.store.cases import Store
 from lungseg.tissue import LABEL_CONVENTIONS, class_name
 
@@ -54,6 +53,7 @@ def evaluate(
     reference: Path | None = None,
     id_map: Path | None = None,
     patients: Path | None = None,
+    images: Path | None = None,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Score predictions of one or several methods and write tables, pictures and figures into ``output``.
@@ -70,6 +70,8 @@ def evaluate(
         Of the store.
     patients : file, optional
         CSV with columns case and patient, for folders.
+    images : folder, optional
+        CT scans named like the cases, for the pictures of the worst pairs; a store has its own.
 
     Returns
     -------
@@ -92,6 +94,7 @@ def evaluate(
         reference=Path(reference) if reference else None,
         id_map=Path(id_map) if id_map else None,
         patients=Path(patients) if patients else None,
+        images=Path(images) if images else None,
     )
     output = output_folder(Path(output))
     settings = ScoreSettings(hd95=config.hd95, tolerance_mm=config.tolerance_mm, mode=config.mode)
@@ -122,6 +125,9 @@ def evaluate(
     write_json(output / "summary.json", figures)
     write_text(output / "table.md", markdown_table(*summaries))
     write_text(output / "table.tex", latex_table(*summaries))
+    write_bytes(output / "boxplot.png", score_boxplot_png(scores, hd95_name=config.hd95))
+    worst = worst_of_methods(plan, scoring, scores, count=config.worst, execution=execution, isolate=_has_dicom(plan))
+    write_text(output / "worst.html", worst_cases_html(worst, summaries))
     tables: list[Any] = [rich_table(*summaries)]
     if comparison is not None:
         write_text(output / "comparison.csv", comparison_csv(comparison))

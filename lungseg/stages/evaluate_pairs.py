@@ -6,7 +6,7 @@ import csv
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lungseg.config.cluster import ClusterConfig
@@ -20,6 +20,8 @@ from lungseg.tissue import EVALUATION_VIEWS, class_name
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 5
+NNUNET_CHANNEL = "_0000"
+"""Ending of the first channel of a scan in the folders of nnU-Net."""
 View = Mapping[str, Sequence[int]]
 
 
@@ -48,6 +50,8 @@ class Pair:
     """Store whose own reference of this case counts."""
     predictions: tuple[Path | None, ...]
     """File of each method, in their order; None for a store's method, or if there is none."""
+    image: Path | None = None
+    """CT of the case, for pictures."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def make_plan(
     reference: Path | None,
     id_map: Path | None,
     patients: Path | None,
+    images: Path | None,
 ) -> ScoringPlan:
     """Methods, cases and files from what was given.
 
@@ -99,6 +104,8 @@ def make_plan(
         assert reference is not None
         pairs = _pairs_of_folders(methods, references, folders, reference)
         pairs, notes = _with_patients(pairs, patients)
+    if images is not None:
+        pairs = _with_images(pairs, images, aliases)
     return ScoringPlan(methods, tuple(pairs), view, reference_map, (*view_notes, *notes))
 
 
@@ -318,10 +325,21 @@ def _with_patients(pairs: Sequence[Pair], table: Path | None) -> tuple[list[Pair
     missing = [pair.case_id for pair in pairs if pair.case_id not in patients]
     if missing:
         raise InputError(f"{table}: no patient is given for cases {', '.join(missing[:MAX_LISTED])}")
-    return [
-        Pair(pair.case_id, patients[pair.case_id], pair.reference, pair.reference_store, pair.predictions)
-        for pair in pairs
-    ], ()
+    return [replace(pair, patient_id=patients[pair.case_id]) for pair in pairs], ()
+
+
+def _with_images(pairs: Sequence[Pair], folder: Path, aliases: Mapping[str, str]) -> list[Pair]:
+    """Pairs with the CT files of a folder, named like the references or as nnU-Net names channel 0.
+
+    Raises
+    ------
+    InputError
+        If no file belongs to any case.
+    """
+    files = {stem.removesuffix(NNUNET_CHANNEL): path for stem, path in _by_case(folder, aliases).items()}
+    if not any(pair.case_id in files for pair in pairs):
+        raise InputError(f"no scan of {folder} is named like a case ({_few(files)})")
+    return [replace(pair, image=files.get(pair.case_id)) for pair in pairs]
 
 
 def read_patients(path: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def test_every_stage_leaves_its_artefact(finished: Path) -> None:
         *(f"{c}.nii.gz" for c in CASES), *(f"{c}.png" for c in CASES), "quantification.csv",
     }  # fmt: skip
     assert {path.name for path in (finished / "scores").iterdir()} == {
-        "cases.csv", "summary.json", "table.md", "table.tex",
+        "cases.csv", "summary.json", "table.md", "table.tex", "boxplot.png", "worst.html",
     }  # fmt: skip
     assert not store.leftovers()
     assert not list(finished.rglob("*.lock"))
