@@ -16,16 +16,20 @@ CONFIDENCE = 0.95
 MIN_BOOTSTRAP_PATIENTS = 2
 """With fewer patients there is nothing to resample and no interval is given."""
 FEW_PATIENTS = 10
-"""Below it the tables print ``FEW_PATIENTS_NOTE``."""
-FEW_PATIENTS_NOTE = (
-    "Fewer than 10 patients: the intervals are too short. In simulated cohorts they held the mean in 78 to 91 % of "
-    "cases with 5 patients and in 62 to 76 % with 3, least where whole patients are missed."
-)
-"""Measured, see ``expanded_level``."""
+"""Below it the tables say ``few_patients_note``."""
 MAX_DRAWS = 4_000_000
 """Patients drawn at a time: bounds the memory of a resampling (8 bytes each)."""
 INTERVAL_DEFINITION = "bootstrap by patient (percentiles widened for few patients)"
 """Printed with every table that holds an interval."""
+
+
+def few_patients_note(classes: Sequence[str]) -> str:
+    """Sentence that warns of the intervals of classes with few patients; measured, see ``expanded_level``."""
+    return (
+        f"Fewer than {FEW_PATIENTS} patients in {', '.join(classes)}: intervals there are too short. In simulated "
+        "cohorts of 5 patients they held the mean in 78 to 91 %, of 3 patients in 62 to 76 %, least where whole "
+        "patients are missed."
+    )
 
 
 def expanded_level(num_patients: int) -> float:

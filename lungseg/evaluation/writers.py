@@ -17,6 +17,8 @@ MAX_NAME_WIDTH = 16
 """Characters of the first column on a terminal; longer names wrap, so that the table stays 100 columns wide."""
 MINUS_SIGN = re.compile(r"(?<!\S)-(?=\d)")
 """Hyphen in front of a number, not inside a name."""
+MAX_LISTED = 20
+"""Case ids spelled out in a note; the rest is counted (cases.csv has all)."""
 LATEX_SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -143,6 +145,12 @@ def _latex_line(cells: Sequence[str], *, bold: bool = False) -> str:
 def latex_escaped(text: str) -> str:
     """Text in which LaTeX finds no command; see ``LATEX_SPECIAL``."""
     return "".join(LATEX_SPECIAL.get(character, character) for character in text)
+
+
+def listed(case_ids: Sequence[str]) -> str:
+    """Ids separated by commas; the number of those left out."""
+    left = len(case_ids) - MAX_LISTED
+    return ", ".join(case_ids[:MAX_LISTED]) + (f" and {left} more" if left > 0 else "")
 
 
 def number(value: float, digits: int) -> str:

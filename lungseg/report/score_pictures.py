@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungseg.evaluation.scores import ClassScore
-from lungseg.evaluation.tables import FIGURE_TITLES
 from lungseg.report.overlays import FONT, FOOTER
 from lungseg.tissue import TISSUES
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 Colour = tuple[float, float, float]
 
 BACKGROUND, FOREGROUND, FAINT, GRID = "#ffffff", "#17191c", "#5b6168", "#dfe2e5"
-PANELS = ("dice", "hd95_mm")
-"""Figures of the picture, from top to bottom."""
+PANELS = {"dice": "DSC", "hd95_mm": "HD95 (mm)"}
+"""Figures of the picture and their names, from top to bottom."""
 BOX_WIDTH, GROUP_GAP = 0.72, 0.6
 """Width of a box and gap between classes, in units of one box's place."""
 INCH_PER_BOX, MIN_WIDTH_INCH, LEFT_INCH, RIGHT_INCH = 0.62, 5.5, 0.75, 0.2
@@ -80,13 +79,14 @@ def score_boxplot_png(scores: Mapping[str, Sequence[ClassScore]], *, hd95_name: 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=BACKGROUND)
     canvas = FigureCanvasAgg(figure)
     colours = _method_colours(list(scores))
-    for index, name in enumerate(PANELS):
+    for index, (name, title) in enumerate(PANELS.items()):
         bottom = FOOTER_INCH + (len(PANELS) - 1 - index) * block + COUNT_INCH + CLASS_INCH
         axes = figure.add_axes(
             (LEFT_INCH / width, bottom / height, 1 - (LEFT_INCH + RIGHT_INCH) / width, PANEL_INCH / height)
         )
         boxes = _boxes(scores, tissues, name, colours)
-        title = FIGURE_TITLES[name][0] + (f", {hd95_name}" if hd95_name and name == "hd95_mm" else "")
+        if name == "hd95_mm" and hd95_name:
+            title = f"{title}, {hd95_name}"
         _draw_panel(axes, boxes, tissues, len(scores), title, is_share=name == "dice")
     if legend:
         _draw_legend(figure.add_axes((0, 1 - legend / height, 1, legend / height)), colours, width, legend)

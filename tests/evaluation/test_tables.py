@@ -11,16 +11,18 @@ import pytest
 from score_fixture import SCORES, cohort, missed, scored
 
 from lungseg.evaluation.comparison import compare_methods
-from lungseg.evaluation.scores import ScoreSettings
-from lungseg.evaluation.summary import summarise, summarise_methods
-from lungseg.evaluation.tables import (
-    COLUMNS,
-    cases_csv,
+from lungseg.evaluation.comparison_tables import (
     comparison_csv,
     comparison_latex,
     comparison_markdown,
     comparison_notes,
     comparison_rich_table,
+)
+from lungseg.evaluation.scores import ScoreSettings
+from lungseg.evaluation.summary import summarise, summarise_methods
+from lungseg.evaluation.tables import (
+    COLUMNS,
+    cases_csv,
     latex_table,
     markdown_table,
     results_dict,
@@ -55,7 +57,7 @@ def test_row_72_every_table_says_what_was_counted_and_which_hd95_it_is(hd95):
             "Without a prediction, scored as missed: f.",
             "Without a reference, not scored: g.",
             "100 samples, seed 0",
-            "Fewer than 10 patients: the intervals are too short",
+            "Fewer than 10 patients in ggo, healthy, all: intervals there are too short",
             "at least 1 mL",
             "within 1.5 mm",
         ):
@@ -70,6 +72,10 @@ def test_many_patients_need_no_warning_and_slices_are_named():
     assert "Fewer than" not in text
     assert "12 annotated slices. Class-slice pairs" in text
     assert "Per annotated axial slice" in text
+    terminal = rendered(rich_table(summarise(many, settings=ScoreSettings(mode="slices"), num_bootstrap=50)))
+    assert "pooled DSC against the reference" in flat(terminal)
+    rare = [*many, *(scored(f"c{i}", f"p{i}", 0.5, tissue="fibrosis") for i in range(3))]
+    assert "Fewer than 10 patients in fibrosis:" in markdown_table(summarise(rare, num_bootstrap=50))
 
 
 def test_markdown_has_one_line_a_class_and_equal_columns():
@@ -84,7 +90,7 @@ def test_several_methods_stand_side_by_side_with_their_oracle():
     for text in (markdown_table(*summaries), latex_table(*summaries), rendered(rich_table(*summaries))):
         assert "ours" in text
         assert "theirs" in text
-        assert "oracle naming" in text
+        assert "ours, oracle naming" in flat(text)
         assert "uses the reference" in flat(text)
         assert "theirs: 4 cases of 3 patients" in flat(text)
     table = [x for x in markdown_table(*summaries).splitlines() if x.startswith("|")]
