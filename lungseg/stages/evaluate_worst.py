@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lungseg.report.worst_slices import worst_pairs, worst_slice
 from lungseg.scan.nifti import read_image
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import find_sources
-from lungseg.scan.volume import AIR_HU, Geometry
+from lungseg.scan.volume import AIR_HU, Geometry, Volume
 from lungseg.stages.cohort import DONE, CaseReturn, run_cases
 from lungseg.stages.evaluate_case import Scoring, nameless, read_prediction, read_reference
 from lungseg.stages.evaluate_pairs import Pair, ScoringPlan
@@ -110,7 +111,7 @@ def _image(pair: Pair, scoring: Scoring, grid: Geometry) -> tuple[np.ndarray | N
     """
     if pair.image is not None:
         try:
-            scan = find_sources([pair.image])[0].read() if pair.image.is_dir() else read_image(pair.image)
+            scan = _scan(pair.image)
         except LungsegError as error:
             return None, f"no CT in the pictures: {str(error).replace(str(pair.image), 'the scan')}"
         return resample_onto(scan.array, scan.geometry, grid, kind="ct", fill=AIR_HU), ""
@@ -122,3 +123,13 @@ def _image(pair: Pair, scoring: Scoring, grid: Geometry) -> tuple[np.ndarray | N
                 source = Geometry.from_dict(volume.provenance["source"]["grid"])
                 return resample_onto(volume.read("source/image"), source, grid, kind="ct", fill=AIR_HU), ""
     return None, ""
+
+
+def _scan(path: Path) -> Volume:
+    """CT of an image file or a DICOM folder."""
+    if path.is_file():
+        return read_image(path)
+    sources = find_sources([path])
+    if len(sources) != 1:
+        raise InputError(f"{path} holds {len(sources)} scans, not one")
+    return sources[0].read()
