@@ -11,14 +11,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-ROW_STEPS = (1, 2, 4, 8, 16, 32)
+ROW_STEPS = (1, 2, 4, 8, 16)
 """Doubling steps that spread a row's gaps: together they reach every distance up to their sum."""
 ROW_REACH = sum(ROW_STEPS)
 """Furthest voxel of a row that its gaps tell of."""
-NO_GAP = 2 * ROW_STEPS[-1] + 64
+NO_GAP = 255 - ROW_STEPS[-1]
 """Gap where the row has no border voxel within reach: above the reach, and no step added to it leaves a byte."""
 MAX_ROWS = 400
 """Rows looked at around a voxel before the tree is asked: a radius of about 11 voxels."""
+MAX_ROW_OFFSET = 50
+"""No row further off than this many voxels along an axis is looked at, however few there are."""
+ROWS_A_TURN = 6
+"""Rows looked at between two checks of which voxels are done."""
 POINTS_AT_ONCE = 2**15
 """Voxels searched together: their arrays stay in the processor's cache."""
 SLAB_BYTES = 2**19
@@ -62,14 +66,12 @@ def directed_distances_mm(border_from: np.ndarray, border_to: np.ndarray, *, spa
     along[ROW_REACH + 1 :] = np.inf
     across = ((rows * spacing[:2]) ** 2).sum(axis=1)
     steps = (rows[:, 0] * gaps.shape[1] + rows[:, 1]) * gaps.shape[2]
-    ring_starts = np.flatnonzero(np.diff(across, prepend=-1.0) > 0)
-    rings = list(zip(ring_starts, [*ring_starts[1:], len(rows)], strict=True))
     here = nonzero(border_from)
     keys = np.ravel_multi_index((here[0] + margin[0], here[1] + margin[1], here[2]), gaps.shape)
     squared = np.empty(keys.size)
     for start in range(0, keys.size, POINTS_AT_ONCE):
         part = slice(start, start + POINTS_AT_ONCE)
-        squared[part] = _search_rows(keys[part], gaps.ravel(), along, across, steps, rings)
+        squared[part] = _search_rows(keys[part], gaps.ravel(), along, across, steps)
     # Whatever was not looked at lies in a row further off than the reach, or further along its row.
     far = np.flatnonzero(squared > min(reach_mm, (ROW_REACH + 1) * spacing[2]) ** 2)
     distances = np.sqrt(squared)
@@ -80,16 +82,14 @@ def directed_distances_mm(border_from: np.ndarray, border_to: np.ndarray, *, spa
 
 def _rows_around(shape: Sequence[int], spacing: np.ndarray) -> tuple[np.ndarray, float]:
     """Rows to look at as (dz, dy), nearest first, and the distance in mm within which none is left out."""
-    reach = [min(n - 1, MAX_ROWS) for n in shape[:2]]
+    reach = [min(n - 1, MAX_ROW_OFFSET) for n in shape[:2]]
     rows = np.stack(np.meshgrid(*[np.arange(-n, n + 1) for n in reach], indexing="ij"), axis=-1).reshape(-1, 2)
     across = ((rows * spacing[:2]) ** 2).sum(axis=1)
     order = np.argsort(across, kind="stable")
-    if len(order) <= MAX_ROWS:
-        return rows[order], np.inf
-    limit = across[order[MAX_ROWS]]
-    # whole rings only: every row nearer than the first one left out
-    kept = order[:MAX_ROWS][across[order[:MAX_ROWS]] < limit]
-    return rows[kept], float(np.sqrt(limit))
+    left_out = [((n + 1) * step) ** 2 for n, size, step in zip(reach, shape, spacing, strict=False) if n < size - 1]
+    limit = min([*across[order[MAX_ROWS : MAX_ROWS + 1]], *left_out], default=np.inf)
+    nearest = order[:MAX_ROWS]
+    return rows[nearest[across[nearest] <= limit]], float(np.sqrt(limit))
 
 
 def _row_gaps(border: np.ndarray, margin: np.ndarray) -> np.ndarray:
@@ -113,22 +113,20 @@ def _search_rows(
     along: np.ndarray,
     across: np.ndarray,
     steps: np.ndarray,
-    rings: Sequence[tuple[int, int]],
 ) -> np.ndarray:
     """Smallest squared distance in mm² found in the rows around each voxel, given as flat index into ``gaps``."""
     found = np.empty(keys.size)
     active, best = np.arange(keys.size), np.full(keys.size, np.inf)
-    for first, last in rings:
-        is_open = best > across[first]
-        if not is_open.all():
+    for row, (step, apart) in enumerate(zip(steps, across, strict=True)):
+        if row % ROWS_A_TURN == 1:
+            is_open = best > apart
             found[active] = best
             active, keys, best = active[is_open], keys[is_open], best[is_open]
             if not active.size:
                 return found
-        for row in range(first, last):
-            candidate = along.take(gaps.take(keys + steps[row]))
-            candidate += across[row]
-            np.minimum(best, candidate, out=best)
+        candidate = along.take(gaps.take(keys + step))
+        candidate += apart
+        np.minimum(best, candidate, out=best)
     found[active] = best
     return found
 
