@@ -102,8 +102,8 @@ def left_skewed(rng: np.random.Generator, size: int) -> np.ndarray:
         # 30 patients: the nominal 95 %; few: the shares that the docstring of expanded_level states
         (normal, 0.6, 30, 0.95),
         (left_skewed, 0.75, 30, 0.94),
-        (normal, 0.6, 10, 0.94),
-        (normal, 0.6, 5, 0.91),
+        (normal, 0.6, 10, 0.95),
+        (normal, 0.6, 5, 0.90),
     ],
 )
 def test_coverage_is_what_the_tables_say(draw, truth, num_patients, expected):

@@ -57,7 +57,7 @@ def test_row_72_every_table_says_what_was_counted_and_which_hd95_it_is(hd95):
             "Without a prediction, scored as missed: f.",
             "Without a reference, not scored: g.",
             "100 samples, seed 0",
-            "Fewer than 10 patients in ggo, healthy, all: intervals there are too short",
+            "Fewer than 15 patients in ggo, healthy, all: intervals there are too short",
             "at least 1 mL",
             "within 1.5 mm",
         ):
@@ -67,15 +67,15 @@ def test_row_72_every_table_says_what_was_counted_and_which_hd95_it_is(hd95):
 
 
 def test_many_patients_need_no_warning_and_slices_are_named():
-    many = [scored(f"c{i}", f"p{i}", 0.5 + i / 100, slice_index=i) for i in range(12)]
+    many = [scored(f"c{i}", f"p{i}", 0.5 + i / 100, slice_index=i) for i in range(15)]
     text = markdown_table(summarise(many, settings=ScoreSettings(mode="slices"), num_bootstrap=50))
     assert "Fewer than" not in text
-    assert "12 annotated slices. Class-slice pairs" in text
+    assert "15 annotated slices. Class-slice pairs" in text
     assert "Per annotated axial slice" in text
     terminal = rendered(rich_table(summarise(many, settings=ScoreSettings(mode="slices"), num_bootstrap=50)))
     assert "pooled DSC against the reference" in flat(terminal)
     rare = [*many, *(scored(f"c{i}", f"p{i}", 0.5, tissue="fibrosis") for i in range(3))]
-    assert "Fewer than 10 patients in fibrosis:" in markdown_table(summarise(rare, num_bootstrap=50))
+    assert "Fewer than 15 patients in fibrosis:" in markdown_table(summarise(rare, num_bootstrap=50))
 
 
 def test_markdown_has_one_line_a_class_and_equal_columns():
