@@ -180,6 +180,10 @@ def class_name(label: int) -> str:
     raise KeyError(label)
 
 
+MAIN_NAMES = tuple(dict.fromkeys(class_name(value) for value in CLASS_NAMES.values()))
+"""One name of each class, for messages."""
+
+
 @dataclass(frozen=True)
 class LabelConvention:
     """What the ids of a tool or data set mean."""

@@ -18,7 +18,7 @@ from lungseg.scan.masks import GRID_TOLERANCE_VOXELS, describe, same_grid
 from lungseg.scan.nifti import read_image
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Volume
-from lungseg.tissue import CLASS_NAMES, LABEL_CONVENTIONS, OUTSIDE, SEGMENT_CODES
+from lungseg.tissue import CLASS_NAMES, LABEL_CONVENTIONS, MAIN_NAMES, OUTSIDE, SEGMENT_CODES
 
 DEFAULT_MAP = LabelMap("lungseg", LABEL_CONVENTIONS["lungseg"])
 LABEL_SUFFIXES = (*IMAGE_SUFFIXES, *DICOM_SUFFIXES)
@@ -80,7 +80,8 @@ def read_labels(path: Path, mapping: LabelMap | None, *, name: str, option: str)
     Parameters
     ----------
     path : Path
-        .nii, .nii.gz, .nrrd, .mha, .mhd; a DICOM Segmentation; or a folder of masks, one for each class, named like it.
+        .nii, .nii.gz, .nrrd, .mha, .mhd; a DICOM Segmentation, or a folder with one; or a
+        folder of masks, one for each class, named like it.
     mapping : LabelMap or None
         What the ids mean. None: those of lungseg; for DICOM-SEG what its segments are coded as.
     name, option : str
@@ -98,7 +99,15 @@ def read_labels(path: Path, mapping: LabelMap | None, *, name: str, option: str)
     RELIABILITY rows 25-36, 71.
     """
     if path.is_dir():
-        return _read_folder(path, mapping or DEFAULT_MAP, name=name, option=option)
+        dicom = [child for child in path.iterdir() if child.name.lower().endswith(DICOM_SUFFIXES)]
+        if not dicom:
+            return _read_folder(path, mapping or DEFAULT_MAP, name=name, option=option)
+        if len(dicom) > 1:
+            raise InputError(
+                f"{name} is a folder of {len(dicom)} DICOM files: a scan? Give one DICOM-SEG for each case, "
+                "as a file or alone in its folder"
+            )
+        path = dicom[0]
     if path.name.lower().endswith(DICOM_SUFFIXES):
         segmentation = read_segmentation(path)
         numbers = segmentation.volume
@@ -146,7 +155,7 @@ def _read_folder(folder: Path, mapping: LabelMap, *, name: str, option: str) -> 
     if unknown:
         raise InputError(
             f"{name}: {len(unknown)} of {len(files)} files of its folder are not named like a class "
-            f"({', '.join(CLASS_NAMES)}); rename them, move them away, or give {option} totalsegmentator"
+            f"({', '.join(MAIN_NAMES)}); rename them, move them away, or give {option} totalsegmentator"
         )
     wanted = {stem: value for stem, value in classes.items() if value}
     if not wanted:

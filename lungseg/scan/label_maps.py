@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lungseg.errors import InputError, UsageError
-from lungseg.tissue import CLASS_NAMES, LABEL_CONVENTIONS, OUTSIDE, LabelConvention, class_name
+from lungseg.tissue import CLASS_NAMES, LABEL_CONVENTIONS, MAIN_NAMES, OUTSIDE, LabelConvention, class_name
 
 OWN_FILE = "own file"
 """What a label map from a file is called: the file's name may hold a patient's."""
@@ -112,9 +112,9 @@ def read_label_map(path: Path) -> LabelMap:
             classes[label] = found
     if problems:
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise InputError(f"{path}: {'; '.join(problems[:MAX_LISTED])}{more}. Names: {', '.join(CLASS_NAMES)}")
+        raise InputError(f"{path}: {'; '.join(problems[:MAX_LISTED])}{more}. Names: {', '.join(MAIN_NAMES)}")
     if not any(classes.values()):
-        raise InputError(f"{path}: no id is mapped to a class. Names: {', '.join(CLASS_NAMES)}")
+        raise InputError(f"{path}: no id is mapped to a class. Names: {', '.join(MAIN_NAMES)}")
     return LabelMap(OWN_FILE, LabelConvention(classes, OWN_FILE))
 
 

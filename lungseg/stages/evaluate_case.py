@@ -17,7 +17,7 @@ from lungseg.scan.label_maps import LabelMap
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Triple, Volume
 from lungseg.stages.cohort import DONE, FAILED, CaseReturn
-from lungseg.stages.evaluate_pairs import Method, Pair, View
+from lungseg.stages.evaluate_pairs import LABEL_MAP, REFERENCE_LABEL_MAP, Method, Pair, View
 from lungseg.stages.refine import source_labels
 from lungseg.store.cases import Store
 from lungseg.tissue import OUTSIDE, LungLabel, Tissue
@@ -25,7 +25,6 @@ from lungseg.tissue import OUTSIDE, LungLabel, Tissue
 log = logging.getLogger(__name__)
 
 THE_REFERENCE = "the reference"
-LABEL_MAP, REFERENCE_LABEL_MAP = "--label-map", "--reference-label-map"
 
 
 @dataclass(frozen=True)

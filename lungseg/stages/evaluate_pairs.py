@@ -12,14 +12,16 @@ from pathlib import Path
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.errors import InputError, StoreError, UsageError
+from lungseg.scan.discovery import DICOM_SUFFIXES
 from lungseg.scan.label_images import DEFAULT_MAP, label_files, label_stem
 from lungseg.scan.label_maps import LabelMap, label_map
 from lungseg.store.cases import Store, read_id_map
-from lungseg.tissue import EVALUATION_VIEWS, class_name
+from lungseg.tissue import CLASS_NAMES, EVALUATION_VIEWS, LABEL_CONVENTIONS, class_name
 
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 5
+LABEL_MAP, REFERENCE_LABEL_MAP = "--label-map", "--reference-label-map"
 NNUNET_CHANNEL = "_0000"
 """Ending of the first channel of a scan in the folders of nnU-Net."""
 View = Mapping[str, Sequence[int]]
@@ -92,10 +94,15 @@ def make_plan(
     reference_map = label_map(config.reference_label_map) if config.reference_label_map else None
     if reference is None and reference_map is not None:
         raise UsageError("--reference-label-map is for the files of --reference DIR; a store knows its own ids")
-    view, view_notes = _view(config, methods, reference_map)
     aliases = _aliases(id_map)
     references = _by_case(reference, aliases) if reference is not None else {}
     folders = [_by_case(method.folder, aliases) if method.folder else {} for method in methods]
+    view: View = EVALUATION_VIEWS[config.view]
+    for method, files in zip(methods, folders, strict=True):
+        _require_told(_targets(method.mapping, files), view, f"label maps of {method.name}", LABEL_MAP)
+    told = _targets(reference_map, references)
+    _require_told(told, view, "references", REFERENCE_LABEL_MAP)
+    view, view_notes = _restricted(view, told)
     if stores:
         pairs, notes = _pairs_of_stores(methods, references, folders, reference)
         if patients is not None:
@@ -177,36 +184,34 @@ def _require_clustering(store: Store, clustering: str) -> None:
     raise InputError(f"store {store.path} has no label maps of '{clustering}'; {there}")
 
 
-def _view(
-    config: EvaluateConfig, methods: Sequence[Method], reference_map: LabelMap | None
-) -> tuple[View, tuple[str, ...]]:
-    """Classes of the view that the reference can tell, and what is left out."""
-    view = EVALUATION_VIEWS[config.view]
-    wanted = {int(i) for ids in view.values() for i in ids}
-    for method in methods:
-        known = (method.mapping or DEFAULT_MAP).targets
-        may_be_coded = method.folder is not None and method.mapping is None
-        if not known & wanted and not may_be_coded:
-            raise UsageError(
-                f"--view {config.view}: the label map of {method.name} knows none of {', '.join(view)}; "
-                "choose another --view or --label-map"
-            )
-    if reference_map is None:
-        return view, ()
-    known = reference_map.targets
-    told = {name: ids for name, ids in view.items() if known & set(map(int, ids))}
-    if not told:
-        raise UsageError(f"--view {config.view}: the label map of the references knows none of {', '.join(view)}")
+def _targets(mapping: LabelMap | None, files: Mapping[str, Path]) -> frozenset[int]:
+    """Classes that label maps can tell; all of them where segments or files say themselves what they are."""
+    if mapping is None and any(path.is_dir() or path.name.lower().endswith(DICOM_SUFFIXES) for path in files.values()):
+        return frozenset(CLASS_NAMES.values())
+    return (mapping or DEFAULT_MAP).targets
+
+
+def _require_told(told: frozenset[int], view: View, whose: str, option: str) -> None:
+    """Refuse label maps that know no class of the view."""
+    if not told & {int(i) for ids in view.values() for i in ids}:
+        raise UsageError(
+            f"the {whose} know none of {', '.join(view)}: choose another --view, or say what their ids mean with "
+            f"{option} FILE or one of {', '.join(LABEL_CONVENTIONS)}"
+        )
+
+
+def _restricted(view: View, told: frozenset[int]) -> tuple[View, tuple[str, ...]]:
+    """Classes of the view that the references can tell, and what is left out."""
+    kept = {name: ids for name, ids in view.items() if told & set(map(int, ids))}
     notes = []
-    untold = [name for name in view if name not in told]
-    if untold:
-        notes.append(f"Not scored, for the references cannot tell them (label map {reference_map.name}): "
-                     f"{', '.join(untold)}.")  # fmt: skip
-    for name, ids in told.items():
-        parts = [class_name(i) for i in ids if int(i) in known]
+    if len(kept) < len(view):
+        untold = ", ".join(name for name in view if name not in kept)
+        notes.append(f"Not scored, for the label map of the references cannot tell them: {untold}.")
+    for name, ids in kept.items():
+        parts = [class_name(i) for i in ids if int(i) in told]
         if len(parts) < len(ids):
-            notes.append(f"Of {name} the references can tell {', '.join(parts)} only (label map {reference_map.name}).")
-    return told, tuple(notes)
+            notes.append(f"Of {name} the label map of the references can tell {', '.join(parts)} only.")
+    return kept, tuple(notes)
 
 
 # ---------------------------------------------------------------- cases
