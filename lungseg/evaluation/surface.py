@@ -30,7 +30,7 @@ HD95_DEFINITIONS: Mapping[str, str] = {
     ),
     MEDPY: (
         "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, 95th percentile of both "
-        "directions pooled (medpy's definition; it lies between the two directed percentiles)."
+        "directions pooled (medpy's definition)."
     ),
 }
 """What each choice of HD95 means: printed with every table (METHOD 0.4)."""
