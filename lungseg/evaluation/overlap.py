@@ -23,15 +23,12 @@ from lungseg.evaluation.label_counts import (
 )
 from lungseg.evaluation.scores import (
     ABSENT,
-    COUNTING_RULES,
     FALSE_TISSUE,
-    MIN_REFERENCE_ML,
     MISSED,
     MISSING_PREDICTION,
     MISSING_REFERENCE,
     SCORED,
     SLICES,
-    STATUSES,
     VOLUME,
     ClassScore,
     ScoreSettings,
@@ -43,28 +40,6 @@ from lungseg.evaluation.surface import (
     require_spacing,
     surface_figures,
 )
-
-__all__ = [
-    "ABSENT",
-    "COUNTING_RULES",
-    "FALSE_TISSUE",
-    "MIN_REFERENCE_ML",
-    "MISSED",
-    "MISSING_PREDICTION",
-    "MISSING_REFERENCE",
-    "SCORED",
-    "SLICES",
-    "STATUSES",
-    "VOLUME",
-    "ClassScore",
-    "ScoreSettings",
-    "View",
-    "annotated_parts",
-    "dice",
-    "missing_prediction_scores",
-    "missing_reference_scores",
-    "score_case",
-]
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:

@@ -67,7 +67,8 @@ def make_pair(shape: tuple[int, int, int], seed: int, *, speckled: bool) -> tupl
 
 def score_ours(prediction: np.ndarray, reference: np.ndarray, hd95: str) -> list[float]:
     """Every figure of a table (overlap, HD95, ASSD, surface Dice); returned is the HD95 of each class."""
-    from lungseg.evaluation.overlap import ScoreSettings, score_case
+    from lungseg.evaluation.overlap import score_case
+    from lungseg.evaluation.scores import ScoreSettings
     from lungseg.tissue import VIEWS
 
     scores = score_case(
