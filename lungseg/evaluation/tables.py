@@ -31,7 +31,10 @@ from lungseg.evaluation.writers import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-MEAN_RULE = "Means over pairs: DSC and NSD with a missed one as 0, HD95 and ASSD over the detected ones."
+MEAN_RULE = (
+    "Means over pairs: DSC and NSD with a missed one as 0, HD95 and ASSD over the detected ones. Pooled DSC: "
+    "2·Σ|A∩B| / Σ(|A|+|B|) in mL over all pairs, missed and false tissue included."
+)
 """Printed with every table."""
 TERMINAL_COLUMNS = ("class", "pairs", "DSC", "95 % CI", "HD95", "95 % CI", "penal.", "NSD", "missed", "false mL")
 """Of volumes; in slice mode the pooled DSC stands in the place of the NSD (METHOD 0.4)."""
@@ -67,7 +70,8 @@ def header_lines(summaries: Sequence[Summary]) -> list[str]:
     rows = [row for summary in summaries for row in (*summary.classes, summary.overall)]
     few = list(dict.fromkeys(row.tissue for row in rows if row.num_patients < FEW_PATIENTS))
     if few:
-        lines.append(few_patients_note(few))
+        every = all(row.num_patients < FEW_PATIENTS for row in rows)
+        lines.append(few_patients_note("every class" if every else ", ".join(few)))
     return [*lines, MEAN_RULE, *first.settings.definitions]
 
 

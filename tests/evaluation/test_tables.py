@@ -57,8 +57,9 @@ def test_row_72_every_table_says_what_was_counted_and_which_hd95_it_is(hd95):
             "Without a prediction, scored as missed: f.",
             "Without a reference, not scored: g.",
             "100 samples, seed 0",
-            "Fewer than 15 patients in ggo, healthy, all: intervals there are too short",
+            "Fewer than 15 patients in every class: intervals there are too short",
             "at least 1 mL",
+            "over all pairs, missed and false tissue included",
             "within 1.5 mm",
         ):
             assert phrase in flat(text)
