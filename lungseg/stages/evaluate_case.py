@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lungseg.errors import InputError, LungsegError
+from lungseg.errors import InputError, LungsegError, StoreError
 from lungseg.evaluation.oracle import CaseConfusion, OracleNaming, confusion_of_case, rename_labels
 from lungseg.evaluation.overlap import missing_prediction_scores, missing_reference_scores, score_case
 from lungseg.evaluation.scores import SLICES, ClassScore, ScoreSettings
@@ -56,8 +56,6 @@ class Side:
     """Classes of a prediction on the reference's grid; on its own if there is no reference."""
 
     labels: np.ndarray
-    lungs: np.ndarray | None
-    """Lung mask there, of a store."""
     spacing_mm: Triple
 
 
@@ -72,6 +70,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     problems: dict[str, str] = {}
     if reference is None:
         problems[""] = "there is a prediction but no reference: not scored"
+    lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
     for index, method in enumerate(scoring.methods):
         try:
             if reference is None:
@@ -80,9 +79,9 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
             side = read_prediction(pair, index, scoring, reference.volume.geometry)
             if side is None:
                 problems[method.name] = "there is a reference but no prediction: scored as missed"
-                scores[method.name] = _without_prediction(pair, reference, scoring)
+                scores[method.name] = _without_prediction(pair, reference, lungs, scoring)
                 continue
-            scores[method.name] = score_side(pair, side, reference, scoring)
+            scores[method.name] = _score(pair, side, reference, lungs, scoring)
             if scoring.oracle:
                 confusions[method.name] = confusion_of_case(
                     side.labels,
@@ -101,6 +100,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
 def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNaming]) -> CaseReturn:
     """Scores of one case under the oracle namings; the side is read again, so that no volume is kept."""
     reference = read_reference(pair, scoring)
+    lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
     found: dict[str, list[ClassScore]] = {}
     for index, method in enumerate(scoring.methods):
         if reference is None or method.name not in namings:
@@ -108,7 +108,7 @@ def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNami
         side = read_prediction(pair, index, scoring, reference.volume.geometry)
         if side is not None:
             renamed = replace(side, labels=rename_labels(side.labels, namings[method.name]))
-            found[method.name] = score_side(pair, renamed, reference, scoring)
+            found[method.name] = _score(pair, renamed, reference, lungs, scoring)
     return DONE, "", CaseScores(found)
 
 
@@ -139,25 +139,30 @@ def _prediction_name(method: Method) -> str:
 # ---------------------------------------------------------------- scores
 
 
-def score_side(pair: Pair, side: Side, reference: LabelImage, scoring: Scoring) -> list[ClassScore]:
+def _score(
+    pair: Pair, side: Side, reference: LabelImage, lungs: np.ndarray | None, scoring: Scoring
+) -> list[ClassScore]:
     """Rows of one prediction."""
     return score_case(
         side.labels,
         reference.volume.array,
         spacing_mm=reference.volume.geometry.spacing_mm,
         view=scoring.view,
-        lung_mask=side.lungs,
+        lung_mask=lungs,
         case_id=pair.case_id,
         patient_id=pair.patient_id,
         settings=_settings(scoring, reference),
     )
 
 
-def _without_prediction(pair: Pair, reference: LabelImage, scoring: Scoring) -> list[ClassScore]:
+def _without_prediction(
+    pair: Pair, reference: LabelImage, lungs: np.ndarray | None, scoring: Scoring
+) -> list[ClassScore]:
     return missing_prediction_scores(
         reference.volume.array,
         spacing_mm=reference.volume.geometry.spacing_mm,
         view=scoring.view,
+        lung_mask=lungs,
         case_id=pair.case_id,
         patient_id=pair.patient_id,
         settings=_settings(scoring, reference),
@@ -214,21 +219,36 @@ def read_prediction(pair: Pair, index: int, scoring: Scoring, grid: Geometry | N
     image = read_labels(path, method.mapping, name=name, option=LABEL_MAP)
     image = replace(image, volume=_in_view(image.volume, scoring.view, name))
     if grid is None:
-        return Side(image.volume.array, None, image.volume.geometry.spacing_mm)
-    return Side(onto_reference(image, grid, resample=scoring.resample, name=name), None, grid.spacing_mm)
+        return Side(image.volume.array, image.volume.geometry.spacing_mm)
+    return Side(onto_reference(image, grid, resample=scoring.resample, name=name), grid.spacing_mm)
 
 
 def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry) -> Side | None:
-    """Predicted labels and lungs of a store, on the reference's grid."""
+    """Predicted labels of a store, on the reference's grid."""
     if not store.case_file(case_id, "labels", clustering).exists():
         return None
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", clustering) as artefact:
         artefact.require_input("volume.h5", volume.fingerprint)
-        labels, lungs, _ = source_labels(volume, artefact.read("labels"))
+        labels, _, _ = source_labels(volume, artefact.read("labels"))
         source = Geometry.from_dict(volume.provenance["source"]["grid"])
-    moved = resample_onto(labels, source, grid, kind="mask", fill=OUTSIDE)
-    inside = resample_onto(labels if lungs is None else lungs, source, grid, kind="mask", fill=OUTSIDE) > 0
-    return Side(moved, inside, grid.spacing_mm)
+    return Side(resample_onto(labels, source, grid, kind="mask", fill=OUTSIDE), grid.spacing_mm)
+
+
+def _lungs(pair: Pair, scoring: Scoring, grid: Geometry) -> np.ndarray | None:
+    """Lungs of a store on the reference's grid, for the penalty of every method alike; None: those of the reference."""
+    for method in scoring.methods:
+        if method.store is None or not method.store.case_file(pair.case_id, "volume").exists():
+            continue
+        try:
+            with method.store.open(pair.case_id, "volume") as volume:
+                kept = "source/mask" in volume
+                mask = volume.read("source/mask" if kept else "mask")
+                facts = volume.provenance["source"]["grid"] if kept else volume.provenance["grid"]
+        except StoreError:
+            continue  # its labels cannot be read either, and say why
+        lungs = resample_onto(mask, Geometry.from_dict(facts), grid, kind="mask", fill=OUTSIDE) > 0
+        return lungs if lungs.any() else None
+    return None
 
 
 def _in_view(volume: Volume, view: View, name: str) -> Volume:

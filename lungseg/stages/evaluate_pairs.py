@@ -16,7 +16,7 @@ from lungseg.scan.discovery import DICOM_SUFFIXES
 from lungseg.scan.label_images import DEFAULT_MAP, label_files, label_stem
 from lungseg.scan.label_maps import LabelMap, label_map
 from lungseg.store.cases import Store, read_id_map
-from lungseg.tissue import CLASS_NAMES, EVALUATION_VIEWS, LABEL_CONVENTIONS, class_name
+from lungseg.tissue import CLASS_NAMES, EVALUATION_VIEWS, LABEL_CONVENTIONS, LungLabel, class_name
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ def make_plan(
         assert reference is not None
         pairs = _pairs_of_folders(methods, references, folders, reference)
         pairs, notes = _with_patients(pairs, patients)
+    if not stores:
+        notes = (*notes, "The lung's bounding box of the penalty is that of all labels of the reference.")
     if images is not None:
         pairs = _with_images(pairs, images, aliases)
     return ScoringPlan(methods, tuple(pairs), view, reference_map, (*view_notes, *notes))
@@ -209,7 +211,7 @@ def _restricted(view: View, told: frozenset[int]) -> tuple[View, tuple[str, ...]
         notes.append(f"Not scored, for the label map of the references cannot tell them: {untold}.")
     for name, ids in kept.items():
         parts = [class_name(i) for i in ids if int(i) in told]
-        if len(parts) < len(ids):
+        if len(parts) < len(ids) and not set(ids) & set(LungLabel):  # one of left, right and whole lung is enough
             notes.append(f"Of {name} the label map of the references can tell {', '.join(parts)} only.")
     return kept, tuple(notes)
 

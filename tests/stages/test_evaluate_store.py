@@ -65,6 +65,12 @@ def test_clusterings_of_a_store_and_a_folder_are_compared(store: Store, tmp_path
     assert scores["tool"]["overall"]["dice_mean"] == 1.0
     assert scores["rough"]["missing_predictions"] == ["case-2"]
     assert 1.0 > scores["fine"]["overall"]["dice_mean"] > scores["rough"]["overall"]["dice_mean"]
+    with open(tmp_path / "out" / "cases.csv", newline="", encoding="utf-8") as stream:
+        missing = [row for row in csv.DictReader(stream) if row["status"] == "missing prediction"]
+    box = [np.flatnonzero((lungs() > 0).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    diagonal = SPACING_MM * np.linalg.norm([hit[-1] - hit[0] + 1 for hit in box])
+    penalties = {row["penalised_hd95_mm"] for row in missing if row["dice"]}
+    assert penalties == {f"{diagonal:.6f}"}  # the store's lungs, not those of the reference
     assert (tmp_path / "out" / "worst.html").read_text(encoding="utf-8").count("CT alone") == 3  # the store has the CT
     assert {(row["method_a"], row["method_b"]) for row in summary["comparison"]["rows"]} == {
         ("fine", "rough"), ("fine", "tool"), ("rough", "tool"),
