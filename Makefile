@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/real_series.py
 	$(BIN)/python tests/benchmarks/preprocess_speed.py
 	$(BIN)/python tests/benchmarks/preprocess_memory.py
+	$(BIN)/python tests/benchmarks/evaluation_speed.py
 	$(BIN)/python tests/benchmarks/interval_coverage.py 300
 
 tables: demo
