@@ -39,11 +39,15 @@ class LabelImage:
 def label_files(folder: Path) -> dict[str, Path]:
     """Label maps of a folder by case: files without their endings, and folders with one file for each class.
 
+    A single file is taken for itself.
+
     Raises
     ------
     InputError
         If there is no such folder, or two label maps have one name.
     """
+    if _is_label_file(folder):
+        return {label_stem(folder): folder}
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of label maps")
     found: dict[str, Path] = {}

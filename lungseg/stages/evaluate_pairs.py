@@ -97,6 +97,11 @@ def make_plan(
     aliases = _aliases(id_map)
     references = _by_case(reference, aliases) if reference is not None else {}
     folders = [_by_case(method.folder, aliases) if method.folder else {} for method in methods]
+    if reference is not None and reference.is_file():  # two files are a pair, whatever their names
+        folders = [
+            dict.fromkeys(references, method.folder) if method.folder and method.folder.is_file() else files
+            for method, files in zip(methods, folders, strict=True)
+        ]
     view: View = EVALUATION_VIEWS[config.view]
     for method, files in zip(methods, folders, strict=True):
         _require_told(_targets(method.mapping, files), view, f"label maps of {method.name}", LABEL_MAP)

@@ -279,3 +279,13 @@ def test_folders_without_a_case_in_common_show_their_names(folders: tuple[Path, 
     write(tmp_path / "elsewhere" / "scan-9", labels())
     with pytest.raises(InputError, match=r"named like one of .*scan-9.*case-0, case-1 \.\.\."):
         run(tmp_path, tmp_path / "elsewhere", reference=folders[1])
+
+
+def test_two_files_are_a_pair_whatever_their_names(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predictions, references = folders
+    _, summary = run(tmp_path, predictions / "case-1.nii.gz", reference=references / "case-0.nii.gz")
+    assert summary["num_cases"] == 1
+    assert summary["method"] == "case-1.nii.gz"
+    result, summary = run(tmp_path, predictions, reference=references / "case-0.nii.gz")
+    assert result.exit_code == 8
+    assert summary["missing_references"] == ["case-1", "case-2", "case-3"]
