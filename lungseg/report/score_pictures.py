@@ -37,6 +37,8 @@ GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 """Spreads points sideways evenly and without chance: the i-th lies at the fractional part of i times it."""
 SPREAD = 0.55
 """Share of a box's width over which points spread."""
+CROWD = 60
+"""Points of one box above which they are drawn smaller and fainter, so that the box stays visible."""
 MAX_CLASS_CHARACTERS = 14
 
 
@@ -56,7 +58,8 @@ def score_boxplot_png(scores: Mapping[str, Sequence[ClassScore]], *, hd95_name: 
     Parameters
     ----------
     scores : mapping of method name to its scores
-        In the order of the legend. One method: boxes in the colours of the tissues; several: one colour a method.
+        Of whole volumes or of slices, in the order of the legend. One method: boxes in the colours of the tissues;
+        several: one colour a method.
     hd95_name : str
         Which HD95 it is, for the axis; the tables carry the full definition.
 
@@ -90,7 +93,9 @@ def score_boxplot_png(scores: Mapping[str, Sequence[ClassScore]], *, hd95_name: 
         _draw_panel(axes, boxes, tissues, len(scores), title, is_share=name == "dice")
     if legend:
         _draw_legend(figure.add_axes((0, 1 - legend / height, 1, legend / height)), colours, width, legend)
-    _draw_footer(figure.add_axes((0, 0, 1, FOOTER_INCH / height)), width)
+    in_slices = any(row.slice_index is not None for rows in scores.values() for row in rows)
+    pairs = "class-slice pairs" if in_slices else "class-case pairs"
+    _draw_footer(figure.add_axes((0, 0, 1, FOOTER_INCH / height)), width, pairs)
     out = io.BytesIO()
     # print_png and not savefig: the latter obeys the user's matplotlibrc (dpi, bbox, transparency).
     canvas.print_png(out, metadata={"Software": None})
@@ -198,11 +203,12 @@ def _draw_box(axes: Axes, box: _Box) -> None:
             facecolor=(*box.colour, 0.45), edgecolor=FOREGROUND, linewidth=1.0, zorder=1,
         )
     )  # fmt: skip
-    axes.plot([left, right], [median] * 2, **(line | {"linewidth": 2.0}))
+    axes.plot([left, right], [median] * 2, **(line | {"linewidth": 2.0, "zorder": 4}))
+    size, alpha = (3.2, 0.85) if box.values.size <= CROWD else (2.0, 0.35)
     offsets = (np.arange(1, box.values.size + 1) * GOLDEN) % 1.0 - 0.5
     axes.plot(
-        box.place + offsets * SPREAD * BOX_WIDTH, box.values, linestyle="none", marker="o", markersize=3.2,
-        markerfacecolor=box.colour, markeredgecolor=FOREGROUND, markeredgewidth=0.5, alpha=0.85,
+        box.place + offsets * SPREAD * BOX_WIDTH, box.values, linestyle="none", marker="o", markersize=size,
+        markerfacecolor=box.colour, markeredgecolor=FOREGROUND, markeredgewidth=0.5, alpha=alpha,
         zorder=3, clip_on=False,
     )  # fmt: skip
 
@@ -222,14 +228,12 @@ def _draw_legend(axes: Axes, colours: Mapping[str, Colour], width: float, height
         _text(axes, LEFT_INCH + 0.32, y, method, ha="left", va="center", size=9)
 
 
-def _draw_footer(axes: Axes, width: float) -> None:
+def _draw_footer(axes: Axes, width: float, pairs: str) -> None:
     """What boxes and points are, and the use."""
     axes.set_axis_off()
     axes.set_xlim(0, width)
     axes.set_ylim(0, FOOTER_INCH)
-    rules = (
-        "Points: class-case pairs. Box: quartiles, median; whiskers: 1.5 \u00d7 IQR. A missed pair has DSC 0, no HD95."
-    )
+    rules = f"Points: {pairs}. Box: quartiles, median; whiskers: 1.5 × IQR. A missed pair has DSC 0, no HD95."
     _text(axes, 0.12, 0.32, rules, ha="left", va="center", size=6.5, color=FAINT)
     _text(axes, 0.12, 0.14, FOOTER, ha="left", va="center", size=7.5, weight="bold")
 
