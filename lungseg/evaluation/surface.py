@@ -25,8 +25,7 @@ HD95_DEFINITIONS: Mapping[str, str] = {
     ),
     SURFACE: (
         "HD95 in mm: surface elements weighted by their area (marching cubes between voxel centres), physical spacing, "
-        "larger of the two directed 95th percentiles of area (the definition of the package surface-distance; it "
-        "reads lower than MONAI's)."
+        "larger of the two directed 95th percentiles of area (the definition of the package surface-distance)."
     ),
     MEDPY: (
         "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, 95th percentile of both "
