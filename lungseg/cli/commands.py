@@ -133,11 +133,13 @@ COMMANDS: tuple[Command, ...] = (
         (
             PathOption(
                 "predictions",
-                "Patch store, or folders of label maps named like the references (one for each method).",
+                "Patch store, folders of label maps named like the references (one for each method), or a label map.",
                 required=True,
                 many=True,
             ),
-            PathOption("reference", "Folder of reference label maps; a store may hold its own.", ("--reference",)),
+            PathOption(
+                "reference", "Reference label maps, a folder or a file; a store may hold its own.", ("--reference",)
+            ),
             PathOption("id_map", "Id map of the store: references may be named like the sources.", ("--id-map",)),
             PathOption("patients", "CSV with columns case and patient, for folders.", ("--patients",)),
             PathOption("images", "Folder of CT scans named like the cases, for pictures.", ("--images",)),
