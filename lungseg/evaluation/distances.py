@@ -13,8 +13,6 @@ import numpy as np
 
 ROW_STEPS = (1, 2, 4, 8, 16)
 """Doubling steps that spread a row's gaps: together they reach every distance up to their sum."""
-ROW_REACH = sum(ROW_STEPS)
-"""Furthest voxel of a row that its gaps tell of."""
 NO_GAP = 255 - ROW_STEPS[-1]
 """Gap where the row has no border voxel within reach: above the reach, and no step added to it leaves a byte."""
 MAX_ROWS = 400
@@ -25,7 +23,7 @@ ROWS_A_TURN = 6
 """Rows looked at between two checks of which voxels are done."""
 POINTS_AT_ONCE = 2**15
 """Voxels searched together: their arrays stay in the processor's cache."""
-SLAB_BYTES = 2**19
+SLAB_BYTES = 2**20
 """Size of the slabs in which whole volumes are worked on, for the same reason."""
 
 
@@ -61,9 +59,11 @@ def directed_distances_mm(border_from: np.ndarray, border_to: np.ndarray, *, spa
     spacing = np.asarray(spacing_mm, dtype=np.float64)
     rows, reach_mm = _rows_around(border_to.shape, spacing)
     margin = np.abs(rows).max(axis=0)
-    gaps = _row_gaps(border_to, margin)
+    along_steps = _row_steps(reach_mm, spacing[2])
+    gaps = _row_gaps(border_to, margin, along_steps)
     along = (np.arange(NO_GAP + 1) * spacing[2]) ** 2
-    along[ROW_REACH + 1 :] = np.inf
+    beyond = sum(along_steps) + 1
+    along[beyond:] = np.inf
     across = ((rows * spacing[:2]) ** 2).sum(axis=1)
     steps = (rows[:, 0] * gaps.shape[1] + rows[:, 1]) * gaps.shape[2]
     here = nonzero(border_from)
@@ -73,7 +73,7 @@ def directed_distances_mm(border_from: np.ndarray, border_to: np.ndarray, *, spa
         part = slice(start, start + POINTS_AT_ONCE)
         squared[part] = _search_rows(keys[part], gaps.ravel(), along, across, steps)
     # Whatever was not looked at lies in a row further off than the reach, or further along its row.
-    far = np.flatnonzero(squared > min(reach_mm, (ROW_REACH + 1) * spacing[2]) ** 2)
+    far = np.flatnonzero(squared > min(reach_mm, beyond * spacing[2]) ** 2)
     distances = np.sqrt(squared)
     if far.size:
         distances[far] = _tree_distances(np.stack(here, axis=1)[far], border_to, spacing)
@@ -92,14 +92,22 @@ def _rows_around(shape: Sequence[int], spacing: np.ndarray) -> tuple[np.ndarray,
     return rows[nearest[across[nearest] <= limit]], float(np.sqrt(limit))
 
 
-def _row_gaps(border: np.ndarray, margin: np.ndarray) -> np.ndarray:
+def _row_steps(reach_mm: float, spacing_mm: float) -> tuple[int, ...]:
+    """As many of the steps as it takes to see as far along a row as across the rows."""
+    for num in range(1, len(ROW_STEPS)):
+        if (sum(ROW_STEPS[:num]) + 1) * spacing_mm >= reach_mm:
+            return ROW_STEPS[:num]
+    return ROW_STEPS
+
+
+def _row_gaps(border: np.ndarray, margin: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     """Voxels to the nearest border voxel of the same row, as bytes; with a margin of rows that hold none."""
     size_z, size_y, size_x = border.shape
     gaps = np.full((size_z + 2 * margin[0], size_y + 2 * margin[1], size_x), NO_GAP, dtype=np.uint8)
     inner = gaps[margin[0] : margin[0] + size_z, margin[1] : margin[1] + size_y]
     for slab in slabs(border.shape):
-        part = np.where(border[slab], np.uint8(0), np.uint8(NO_GAP))
-        for step in ROW_STEPS:
+        part = ~border[slab] * np.uint8(NO_GAP)
+        for step in steps:
             before, after = part[..., :-step], part[..., step:]
             np.minimum(after, before + np.uint8(step), out=after)
             np.minimum(before, after + np.uint8(step), out=before)

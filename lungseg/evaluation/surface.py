@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lungseg.errors import InputError
-from lungseg.evaluation.distances import directed_distances_mm
+from lungseg.evaluation.distances import directed_distances_mm, slabs
 from lungseg.evaluation.surface_elements import element_areas, surface_elements
 
 HD_PERCENTILE = 95.0
@@ -114,14 +114,21 @@ def border_voxels(mask: np.ndarray) -> np.ndarray:
     ------
     METHOD 0.4; MONAI ``get_mask_edges`` (what lies beyond the volume is background).
     """
-    inner = mask.copy()
-    for axis in range(mask.ndim):
-        here, there = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
-        here[1:] &= there[:-1]
-        here[:-1] &= there[1:]
-        here[:1] = False
-        here[-1:] = False
-    return mask & ~inner
+    border = np.empty(mask.shape, dtype=bool)
+    for slab in slabs(mask.shape):
+        here = mask[slab]
+        inner = here.copy()
+        for axis in range(mask.ndim):
+            eroded, whole = np.moveaxis(inner, axis, 0), np.moveaxis(here, axis, 0)
+            eroded[1:] &= whole[:-1]
+            eroded[:-1] &= whole[1:]
+            if axis > 0:
+                eroded[:1] = False
+                eroded[-1:] = False
+        inner[0] &= mask[slab.start - 1] if slab.start > 0 else False
+        inner[-1] &= mask[slab.stop] if slab.stop < len(mask) else False
+        np.greater(here, inner, out=border[slab])
+    return border
 
 
 def surface_figures(

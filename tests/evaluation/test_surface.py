@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from lungseg.errors import InputError
+from lungseg.evaluation import distances
 from lungseg.evaluation.surface import (
     HD95_DEFINITIONS,
     border_voxels,
@@ -261,7 +262,10 @@ def test_symmetric_and_independent_of_the_surrounding_volume():
     assert scaled == pytest.approx(2 * value, abs=1e-9)
 
 
-def test_border_is_the_mask_minus_its_erosion():
+@pytest.mark.parametrize("slab_bytes", [1, 150, 2**20])
+def test_border_is_the_mask_minus_its_erosion(slab_bytes, monkeypatch):
+    """However the volume is cut into slabs."""
+    monkeypatch.setattr(distances, "SLAB_BYTES", slab_bytes)
     rng = np.random.default_rng(5)
     for shape in ((7, 8, 9), (1, 6, 6), (2, 2, 12)):
         mask = blob(rng, shape, 0.7)

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from lungseg.evaluation import distances
 from lungseg.evaluation.surface_elements import element_areas, surface_elements
 
 ANISOTROPIC = (2.5, 0.7, 0.9)
@@ -46,7 +47,9 @@ def test_a_mask_at_the_edge_of_the_array_has_a_closed_surface():
     assert area(inside[1:4, 2:5, 3:6], ANISOTROPIC) == pytest.approx(area(inside, ANISOTROPIC))
 
 
-def test_corners_and_codes_by_definition():
+@pytest.mark.parametrize("slab_bytes", [1, 2**20])
+def test_corners_and_codes_by_definition(slab_bytes, monkeypatch):
+    monkeypatch.setattr(distances, "SLAB_BYTES", slab_bytes)
     rng = np.random.default_rng(3)
     for shape in ((4, 5, 6), (1, 2, 1), (5, 4)):
         mask = rng.random(shape) < 0.5
