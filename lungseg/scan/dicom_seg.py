@@ -6,6 +6,7 @@ first to its last frame; everywhere else it says: not this segment.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from lungseg.scan.dicom_frames import (
 from lungseg.scan.dicom_stack import SAME_POSITION_MM
 from lungseg.scan.dicom_values import Cosines
 from lungseg.scan.hu import require_memory
-from lungseg.scan.image_header import MAX_AXIS, grid_of
+from lungseg.scan.image_header import MAX_AXIS, MAX_MM, grid_of
 from lungseg.scan.orientation import LPS_TO_SPL, to_canonical
 from lungseg.scan.volume import Volume
 
@@ -37,6 +38,11 @@ STEP_TOLERANCE = 0.05
 SHIFT_PIXELS = 0.1
 """Largest sideways shift of frames against each other."""
 COSINE_ROUNDING = 1e-4
+MAX_NUMBER = int(np.iinfo(np.uint16).max)
+DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, struct.error,
+)  # fmt: skip
+"""What pydicom raises on damaged files beside its own errors, and converting their values (seen on 3,000 mutants)."""
 MAX_LISTED = 5
 
 
@@ -48,6 +54,33 @@ class Segmentation:
     """Segment numbers, uint8 or uint16, canonical; 0 where there is no segment."""
     codes: Mapping[int, tuple[str, str] | None]
     """Segment number -> coding scheme and value of its SegmentedPropertyTypeCode; None without one."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Plain values of a file: nothing after this looks into elements that may be damaged."""
+
+    kind: str
+    """SegmentationType."""
+    codes: Mapping[int, tuple[str, str] | None]
+    rows: int
+    columns: int
+    declared: int
+    """NumberOfFrames."""
+    frames: tuple[Frame, ...]
+    segments: tuple[int, ...]
+    """Segment of each frame; -1 if it names none."""
+    stated_mm: tuple[float | None, float | None]
+    """SpacingBetweenSlices and SliceThickness."""
+    bits: int
+    samples: int
+    background: int
+    """PixelPaddingValue, or 0."""
+    is_encapsulated: bool
+    syntax: str
+    byte_order: str
+    data: bytes
+    """Pixels as stored."""
 
 
 def read_segmentation(path: Path) -> Segmentation:
@@ -74,89 +107,111 @@ def read_segmentation(path: Path) -> Segmentation:
     ------
     DICOM PS3.3 A.51, C.8.20.2 (Segmentation Image), C.7.6.16 (Multi-frame Functional Groups); highdicom's writer.
     """
-    dataset = _read_file(path)
-    frames = read_frames(dataset)  # before anything else: it needs the elements as raw bytes
-    kind = str(dataset.get("SegmentationType", ""))
-    if kind == "FRACTIONAL":
+    import pydicom
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    try:
+        dataset = pydicom.dcmread(path)
+        sop_class = str(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
+        header = _header(dataset) if sop_class in SEGMENTATION_CLASSES else None
+    except (InvalidDicomError, BytesLengthException, *DAMAGE) as error:  # elements are decoded when they are looked at
+        raise InputError(f"{path}: not a readable DICOM file, or a damaged one ({type(error).__name__})") from error
+    if header is None:
+        raise InputError(
+            f"{path}: no DICOM Segmentation, but SOP class {sop_class[:64]}. Give DICOM-SEG, NIfTI, NRRD or MHA "
+            "(RTSTRUCT contours must be converted first)"
+        )
+    if header.kind == "FRACTIONAL":
         raise InputError(
             f"{path}: a FRACTIONAL segmentation holds probabilities or occupied shares of voxels, not labels: where "
             "to cut is yours to decide. Threshold it and save it as BINARY or LABELMAP"
         )
-    if kind not in ("BINARY", "LABELMAP"):
-        raise InputError(f"{path}: SegmentationType is '{kind[:20]}', not BINARY or LABELMAP")
-    codes = _segment_codes(dataset, path)
-    if kind == "BINARY" and 0 in codes:
-        raise InputError(f"{path}: segment number 0, but numbers start at 1")
-    volume = _volume(dataset, frames, kind, codes, path)
-    return Segmentation(volume, codes)
+    if header.kind not in ("BINARY", "LABELMAP"):
+        raise InputError(f"{path}: SegmentationType is '{header.kind[:20]}', not BINARY or LABELMAP")
+    if not header.codes:
+        raise InputError(f"{path}: describes no segment")
+    if not 0 <= min(header.codes) <= max(header.codes) <= MAX_NUMBER or (header.kind == "BINARY" and 0 in header.codes):
+        raise InputError(f"{path}: segment numbers {min(header.codes)} to {max(header.codes)}, not 1 to {MAX_NUMBER}")
+    return Segmentation(_volume(header, dataset, path), header.codes)
 
 
-def _read_file(path: Path) -> Any:
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
-    try:
-        dataset = pydicom.dcmread(path)
-        meta = dataset.file_meta.get("MediaStorageSOPClassUID", "")
-    except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, NotImplementedError) as error:
-        raise InputError(f"{path}: not a readable DICOM file ({type(error).__name__})") from error
-    if meta not in SEGMENTATION_CLASSES:
-        raise InputError(
-            f"{path}: no DICOM Segmentation, but SOP class {str(meta)[:64]}. Give DICOM-SEG, NIfTI, NRRD or MHA "
-            "(RTSTRUCT contours must be converted first)"
-        )
-    return dataset
-
-
-def _segment_codes(dataset: Any, path: Path) -> dict[int, tuple[str, str] | None]:
-    """Numbers and type codes of the segments."""
+def _header(dataset: Any) -> _Header:
+    """What the elements say; raises anything of ``DAMAGE``."""
+    frames = read_frames(dataset)  # before anything else: it needs the elements as raw bytes
     codes: dict[int, tuple[str, str] | None] = {}
     for item in dataset.get("SegmentSequence", ()):
-        number = int(item.get("SegmentNumber", -1))
-        if number < 0 or number in codes:
-            raise InputError(f"{path}: segment numbers are missing or not unique")
         kinds = item.get("SegmentedPropertyTypeCodeSequence", ())
         code = (str(kinds[0].get("CodingSchemeDesignator", "")), str(kinds[0].get("CodeValue", ""))) if kinds else None
+        number = int(item["SegmentNumber"].value)
+        if number in codes:
+            raise ValueError("segment numbers are not unique")
         codes[number] = code
-    if not codes:
-        raise InputError(f"{path}: describes no segment")
-    return codes
+    shared = sequence_items(dataset, SHARED_GROUPS)
+    common = sequence_items(shared[0], SEGMENT_IDENTIFICATION) if shared else []
+    segments = []
+    for own in sequence_items(dataset, FRAME_GROUPS):
+        named = sequence_items(own, SEGMENT_IDENTIFICATION) or common
+        segments.append(int(named[0].get("ReferencedSegmentNumber", -1)) if named else -1)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    return _Header(
+        kind=str(dataset.get("SegmentationType", "")),
+        codes=codes,
+        rows=int(dataset.Rows),
+        columns=int(dataset.Columns),
+        declared=int(dataset.get("NumberOfFrames", 1)),
+        frames=frames,
+        segments=tuple(segments),
+        stated_mm=(_stated_mm(dataset, "SpacingBetweenSlices"), _stated_mm(dataset, "SliceThickness")),
+        bits=int(dataset.BitsAllocated),
+        samples=int(dataset.get("SamplesPerPixel", 1)),
+        background=int(dataset.get("PixelPaddingValue", 0)),
+        is_encapsulated=bool(syntax.is_encapsulated),
+        syntax=str(syntax.name),
+        byte_order="<" if syntax.is_little_endian else ">",
+        data=bytes(dataset.PixelData),
+    )
 
 
-def _volume(
-    dataset: Any, frames: tuple[Frame, ...], kind: str, codes: Mapping[int, tuple[str, str] | None], path: Path
-) -> Volume:
+def _stated_mm(dataset: Any, keyword: str) -> float | None:
+    """A length of the pixel measures in mm, None if the file does not state it."""
+    for tag in (SHARED_GROUPS, FRAME_GROUPS):
+        groups = sequence_items(dataset, tag)
+        measures = sequence_items(groups[0], PIXEL_MEASURES) if groups else []
+        value = measures[0].get(keyword) if measures else None
+        if value is not None and 0 < float(value) < MAX_MM:
+            return float(value)
+    return None
+
+
+def _volume(header: _Header, dataset: Any, path: Path) -> Volume:
     """Segment numbers on the even grid of the frames."""
-    rows, columns = int(dataset.get("Rows", 0)), int(dataset.get("Columns", 0))
-    declared = int(dataset.get("NumberOfFrames", 0))
-    if not frames or declared != len(frames):
-        raise InputError(f"{path}: declares {declared} frames and describes {len(frames)}")
-    if not (0 < rows <= MAX_AXIS and 0 < columns <= MAX_AXIS):
-        raise InputError(f"{path}: frames of {rows} x {columns} pixels")
-    orientation, spacing = _common_plane(frames, path)
-    positions = np.array([frame.position for frame in frames])
+    if not header.frames or header.declared != len(header.frames):
+        raise InputError(f"{path}: declares {header.declared} frames and describes {len(header.frames)}")
+    if not (0 < header.rows <= MAX_AXIS and 0 < header.columns <= MAX_AXIS):
+        raise InputError(f"{path}: frames of {header.rows} x {header.columns} pixels")
+    orientation, spacing = _common_plane(header.frames, path)
     along_row, down_column = np.array(orientation).reshape(2, 3)
     normal = np.cross(along_row, down_column)
-    slices, step = _slices(positions @ normal, dataset, path)
+    positions = np.array([frame.position for frame in header.frames])
+    slices, step = _slices(positions @ normal, header.stated_mm, path)
     _check_sideways(positions, np.stack([along_row, down_column]), spacing, path)
-    shape = (int(slices.max()) + 1, rows, columns)
-    dtype = np.uint8 if max(codes) <= np.iinfo(np.uint8).max else np.uint16
+    shape = (int(slices.max()) + 1, header.rows, header.columns)
+    dtype = np.uint8 if max(header.codes) <= np.iinfo(np.uint8).max else np.uint16
     require_memory(shape, dtype, name=str(path))
     axes = np.stack([along_row * spacing[1], down_column * spacing[0], normal * step], axis=1)
     geometry = grid_of(axes, positions[int(slices.argmin())], shape, LPS_TO_SPL, str(path))
     array = np.zeros(shape, dtype)
-    segments = _referenced_segments(dataset) if kind == "BINARY" else [0] * len(frames)
     filled: set[int] = set()
-    for at, number, pixels in zip(slices.tolist(), segments, _pixels(dataset, kind, path), strict=True):
-        if kind == "BINARY":
-            if number not in codes:
+    for at, number, pixels in zip(slices.tolist(), header.segments, _pixels(header, dataset, path), strict=True):
+        if header.kind == "BINARY":
+            if number not in header.codes:
                 raise InputError(f"{path}: a frame belongs to segment {number}, which is not described")
             _put(array[at], pixels, number, path)
         else:
             if at in filled:
                 raise InputError(f"{path}: two label map frames lie at one position; keep one of them")
             filled.add(at)
-            array[at] = _numbers(dataset, pixels, codes, path)
+            array[at] = _numbers(header, pixels, path)
     return to_canonical(array, geometry)
 
 
@@ -173,18 +228,9 @@ def _common_plane(frames: tuple[Frame, ...], path: Path) -> tuple[Cosines, tuple
     return first.orientation, first.pixel_spacing_mm
 
 
-def _stated_mm(dataset: Any, keyword: str) -> float | None:
-    """A length of the pixel measures in mm, None if the file does not state it."""
-    for tag in (SHARED_GROUPS, FRAME_GROUPS):
-        groups = sequence_items(dataset, tag)
-        measures = sequence_items(groups[0], PIXEL_MEASURES) if groups else []
-        value = measures[0].get(keyword) if measures else None
-        if value is not None and float(value) > 0:
-            return float(value)
-    return None
-
-
-def _slices(distances: np.ndarray, dataset: Any, path: Path) -> tuple[np.ndarray, float]:
+def _slices(
+    distances: np.ndarray, stated_mm: tuple[float | None, float | None], path: Path
+) -> tuple[np.ndarray, float]:
     """Slice index of each frame, and the distance of slices in mm.
 
     Empty frames are left out, so gaps are whole numbers of slices: of SpacingBetweenSlices, else of the smallest gap,
@@ -194,7 +240,7 @@ def _slices(distances: np.ndarray, dataset: Any, path: Path) -> tuple[np.ndarray
     levels = levels[np.concatenate(([True], np.diff(levels) > SAME_POSITION_MM))]
     gaps = np.diff(levels)
     smallest = float(gaps.min()) if len(gaps) else None
-    for step in (_stated_mm(dataset, "SpacingBetweenSlices"), smallest, _stated_mm(dataset, "SliceThickness")):
+    for step in (stated_mm[0], smallest, stated_mm[1]):
         if step is None:
             continue
         if not len(gaps):
@@ -219,52 +265,41 @@ def _check_sideways(positions: np.ndarray, plane: np.ndarray, spacing: tuple[flo
         )
 
 
-def _referenced_segments(dataset: Any) -> list[int]:
-    """Segment number of each frame; -1 if a frame names none."""
-    shared = sequence_items(dataset, SHARED_GROUPS)
-    numbers = []
-    for own in sequence_items(dataset, FRAME_GROUPS):
-        named = sequence_items(own, SEGMENT_IDENTIFICATION) or (
-            sequence_items(shared[0], SEGMENT_IDENTIFICATION) if shared else []
-        )
-        numbers.append(int(named[0].get("ReferencedSegmentNumber", -1)) if named else -1)
-    return numbers
-
-
-def _pixels(dataset: Any, kind: str, path: Path) -> Iterator[np.ndarray]:
+def _pixels(header: _Header, dataset: Any, path: Path) -> Iterator[np.ndarray]:
     """Frames in stored order: bool for BINARY, unsigned for LABELMAP."""
-    rows, columns, count = int(dataset.Rows), int(dataset.Columns), int(dataset.NumberOfFrames)
-    bits = int(dataset.get("BitsAllocated", 0))
-    if int(dataset.get("SamplesPerPixel", 1)) != 1 or bits not in ((1, 8) if kind == "BINARY" else (8, 16)):
-        raise InputError(f"{path}: {bits} bits a pixel do not fit a {kind} segmentation")
-    if dataset.file_meta.TransferSyntaxUID.is_compressed and dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        yield from _decoded(dataset, path)
+    bits, size, count = header.bits, header.rows * header.columns, header.declared
+    if header.samples != 1 or bits not in ((1, 8) if header.kind == "BINARY" else (8, 16)):
+        raise InputError(f"{path}: {bits} bits a pixel do not fit a {header.kind} segmentation")
+    if header.is_encapsulated:
+        yield from _decoded(header, dataset, path)
         return
-    data = dataset.get("PixelData", b"")
-    size = rows * columns
-    if len(data) < (size * count * bits + 7) // 8:
-        raise InputError(f"{path}: truncated: {len(data)} bytes of pixels for {count} frames of {rows} x {columns}")
-    stored = np.frombuffer(data, np.uint8)
+    if len(header.data) < (size * count * bits + 7) // 8:
+        held, shape = len(header.data), f"{header.rows} x {header.columns}"
+        raise InputError(f"{path}: truncated: {held} bytes of pixels for {count} frames of {shape}")
+    stored = np.frombuffer(header.data, np.uint8)
     for k in range(count):
         if bits == 1:  # frames follow each other without filling bits
             start, stop = k * size, (k + 1) * size
             unpacked = np.unpackbits(stored[start // 8 : (stop + 7) // 8], bitorder="little")
-            yield unpacked[start % 8 :][:size].reshape(rows, columns).astype(bool)
+            yield unpacked[start % 8 :][:size].reshape(header.rows, header.columns).astype(bool)
         else:
-            dtype = np.dtype(np.uint8) if bits == 8 else np.dtype("<u2" if dataset.is_little_endian else ">u2")
-            yield np.frombuffer(data, dtype, size, k * size * dtype.itemsize).reshape(rows, columns)
+            dtype = np.dtype(f"{header.byte_order}u{bits // 8}")
+            frame = np.frombuffer(header.data, dtype, size, k * size * dtype.itemsize)
+            yield frame.reshape(header.rows, header.columns)
 
 
-def _decoded(dataset: Any, path: Path) -> Iterator[np.ndarray]:
+def _decoded(header: _Header, dataset: Any, path: Path) -> Iterator[np.ndarray]:
     """Frames of an encapsulated transfer syntax, by pydicom's decoders."""
     from pydicom.pixels import iter_pixels
 
     try:
-        yield from iter_pixels(dataset, raw=True)
-    except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
-        syntax = dataset.file_meta.TransferSyntaxUID.name
+        for frame in iter_pixels(dataset, raw=True):
+            if frame.shape != (header.rows, header.columns):
+                raise ValueError("a frame of another size")
+            yield frame
+    except (RuntimeError, *DAMAGE) as error:
         raise InputError(
-            f"{path}: pixels in {syntax} cannot be decoded ({type(error).__name__}): install a decoder "
+            f"{path}: pixels in {header.syntax} cannot be decoded ({type(error).__name__}): install a decoder "
             "(`pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`), or save the file uncompressed"
         ) from error
 
@@ -282,14 +317,13 @@ def _put(plane: np.ndarray, mask: np.ndarray, number: int, path: Path) -> None:
     plane[inside] = number
 
 
-def _numbers(dataset: Any, pixels: np.ndarray, codes: Mapping[int, tuple[str, str] | None], path: Path) -> np.ndarray:
+def _numbers(header: _Header, pixels: np.ndarray, path: Path) -> np.ndarray:
     """Segment numbers of a label map frame, background as 0."""
-    background = int(dataset.get("PixelPaddingValue", 0))
     values = np.unique(pixels).tolist()
-    unknown = [value for value in values if value not in codes and value != background]
+    unknown = [value for value in values if value not in header.codes and value != header.background]
     if unknown:
         raise InputError(f"{path}: pixels belong to segments {unknown[:MAX_LISTED]}, which are not described")
-    if background and 0 in values and 0 in codes:
+    if header.background and 0 in values:
         raise InputError(f"{path}: segment number 0 means a segment here; number segments from 1")
-    out: np.ndarray = np.where(pixels == background, 0, pixels)
+    out: np.ndarray = np.where(pixels == header.background, 0, pixels)
     return out

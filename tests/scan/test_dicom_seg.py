@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dicom_seg_fixture import make_seg, write_seg
 
-from lungseg.errors import InputError
+from lungseg.errors import InputError, LungsegError
 from lungseg.scan.dicom_seg import read_segmentation
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry
@@ -117,3 +117,28 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.dcm").write_text("no image")
     with pytest.raises(InputError, match="not a readable DICOM file"):
         read_segmentation(tmp_path / "text.dcm")
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_a_damaged_file_is_read_or_refused_never_a_crash(tmp_path: Path, kind: str) -> None:
+    """Cut, changed, missing and foreign bytes anywhere behind the preamble."""
+    raw = write_seg(tmp_path / "whole.dcm", make_seg(label_map(), GRIDS["axial"], kind=kind)).read_bytes()
+    rng = np.random.default_rng(5)
+    path, refused_files = tmp_path / "mutant.dcm", 0
+    for number in range(100):
+        data, at = bytearray(raw), int(rng.integers(132, len(raw)))
+        if number % 4 == 0:
+            data = data[:at]
+        elif number % 4 == 1:
+            data[at] ^= int(rng.integers(1, 256))
+        elif number % 4 == 2:
+            del data[at : at + int(rng.integers(1, 30))]
+        else:
+            data[at:at] = rng.bytes(3)
+        path.write_bytes(data)
+        try:
+            read_segmentation(path)
+        except LungsegError as error:
+            refused_files += 1
+            assert str(path) in str(error)
+    assert refused_files > 50
