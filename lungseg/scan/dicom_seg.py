@@ -7,6 +7,7 @@ first to its last frame; everywhere else it says: not this segment.
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,11 @@ def read_segmentation(path: Path) -> Segmentation:
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
     try:
-        dataset = pydicom.dcmread(path)
-        sop_class = str(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
-        header = _header(dataset) if sop_class in SEGMENTATION_CLASSES else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they quote values of patients, and what matters is judged here
+            dataset = pydicom.dcmread(path)
+            sop_class = str(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
+            header = _header(dataset) if sop_class in SEGMENTATION_CLASSES else None
     except (InvalidDicomError, BytesLengthException, *DAMAGE) as error:  # elements are decoded when they are looked at
         raise InputError(f"{path}: not a readable DICOM file, or a damaged one ({type(error).__name__})") from error
     if header is None:
