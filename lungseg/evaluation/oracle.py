@@ -39,10 +39,12 @@ ORACLE_DEFINITION = (
 class CaseConfusion:
     """Voxels of each predicted label and class of the view in one case, or in one annotated slice."""
 
+    ids: np.ndarray
+    """int64, (labels,): predicted ids that occur, but 0 and 255."""
     joint: np.ndarray
-    """int64, (256, classes): voxels of the predicted id that lie in the class of the reference."""
+    """int64, (labels, classes): voxels of the predicted id that lie in the class of the reference."""
     predicted: np.ndarray
-    """int64, (256,): voxels of the predicted id."""
+    """int64, (labels,): voxels of the predicted id."""
     reference: np.ndarray
     """int64, (classes,): voxels of the class in the reference."""
     is_counted: np.ndarray
@@ -95,11 +97,14 @@ def confusion_of_case(
         part = slice(None) if slice_index is None else slice_index
         counts = confusion_counts(prediction[part], reference[part])
         require_known(counts.sum(axis=0), view, side="reference", case_id=case_id)
-        wanted = np.array([class_counts(counts, ids)[1] for ids in view.values()])
+        predicted = counts.sum(axis=1)
+        ids = np.setdiff1d(np.flatnonzero(predicted), [OUTSIDE, UNCLASSIFIED])
+        wanted = np.array([class_counts(counts, members)[1] for members in view.values()])
         found.append(
             CaseConfusion(
-                joint=np.stack([counts[:, list(map(int, ids))].sum(axis=1) for ids in view.values()], axis=1),
-                predicted=counts.sum(axis=1),
+                ids=ids,
+                joint=np.stack([counts[ids][:, list(map(int, members))].sum(axis=1) for members in view.values()], 1),
+                predicted=predicted[ids],
                 reference=wanted,
                 is_counted=np.array([settings.counts(voxels * voxel_ml) for voxels in wanted]),
             )
@@ -140,15 +145,11 @@ def oracle_naming(confusions: Sequence[CaseConfusion], view: View) -> OracleNami
     if len(own) < sum(len(ids) for ids in view.values()):
         raise InputError(f"the classes {', '.join(view)} share label ids: no naming gives each id one class")
     named = _mean_dice(confusions, view, own)
-    present = np.zeros(NUM_IDS, dtype=bool)
     gain = np.zeros((NUM_IDS, len(view)))
     for confusion in confusions:
-        present |= confusion.predicted > 0
-        total = confusion.predicted[:, None] + confusion.reference[None]
-        pair_dice = 2.0 * confusion.joint / np.maximum(total, 1)
-        gain += pair_dice * confusion.is_counted
-    present[[OUTSIDE, UNCLASSIFIED]] = False
-    ids = np.flatnonzero(present)
+        total = confusion.predicted[:, None] + confusion.reference
+        gain[confusion.ids] += 2.0 * confusion.joint / total * confusion.is_counted
+    ids = np.flatnonzero(gain.any(axis=1))
     # one column for each label id merged into a class
     columns = [(column, int(members[0])) for column, members in enumerate(view.values()) for _ in members]
     scores = gain[ids][:, [column for column, _ in columns]]
@@ -187,6 +188,7 @@ def _mean_dice(confusions: Sequence[CaseConfusion], view: View, classes: Mapping
         ids = [i for i, name in classes.items() if name == int(members[0])]
         for confusion in confusions:
             if confusion.is_counted[column]:
-                total = confusion.predicted[ids].sum() + confusion.reference[column]
-                values.append(2.0 * confusion.joint[ids, column].sum() / total)
+                chosen = np.isin(confusion.ids, ids)
+                total = confusion.predicted[chosen].sum() + confusion.reference[column]
+                values.append(2.0 * confusion.joint[chosen, column].sum() / total)
     return float(np.mean(values)) if values else math.nan
