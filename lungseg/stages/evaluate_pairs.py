@@ -108,6 +108,12 @@ def make_plan(
     told = _targets(reference_map, references)
     _require_told(told, view, "references", REFERENCE_LABEL_MAP)
     view, view_notes = _restricted(view, told)
+    for method, files in zip(methods, folders, strict=True):
+        known = _targets(method.mapping, files)
+        blind = [name for name, ids in view.items() if method.folder and not known & set(map(int, ids))]
+        if blind:
+            text = f"The label map of {method.name} cannot tell {', '.join(blind)}: scored as missed."
+            view_notes = (*view_notes, text)
     if stores:
         pairs, notes = _pairs_of_stores(methods, references, folders, reference)
         if patients is not None:

@@ -182,6 +182,11 @@ def test_classes_that_the_reference_cannot_tell_are_left_out(tmp_path: Path) -> 
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "cannot tell them: healthy, emphysema, fibrosis." in table
     assert summary["label_maps"]["reference"]["classes"] == {"1": "ggo", "2": "consolidation", "3": "none"}
+    config = replace(CONFIG, label_map=("medseg",))  # the other way round: what a method cannot tell, it misses
+    _, summary = run(tmp_path, tmp_path / "reference", reference=tmp_path / "tool", config=config)
+    assert summary["status_counts"]["missed"] == 6
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "The label map of reference cannot tell healthy, emphysema, fibrosis: scored as missed." in table
 
 
 def test_only_annotated_slices_count_in_slice_mode(tmp_path: Path) -> None:
