@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from score_fixture import SCORES, cohort, missed, scored
@@ -77,6 +78,13 @@ def test_many_patients_need_no_warning_and_slices_are_named():
     assert "pooled DSC against the reference" in flat(terminal)
     rare = [*many, *(scored(f"c{i}", f"p{i}", 0.5, tissue="fibrosis") for i in range(3))]
     assert "Fewer than 15 patients in fibrosis:" in markdown_table(summarise(rare, num_bootstrap=50))
+
+
+def test_notes_of_the_stage_stand_with_every_table_once():
+    first, second = summarise_methods({"a": SCORES, "b": SCORES}, num_bootstrap=10)
+    first = replace(first, notes=("Not scored: case x: its grid is another.",))
+    for text in (markdown_table(first, second), latex_table(first, second), rendered(rich_table(first, second))):
+        assert flat(text).count("Not scored: case x: its grid is another.") == 1
 
 
 def test_markdown_has_one_line_a_class_and_equal_columns():

@@ -28,11 +28,13 @@ def score(case: str, dice: float, *, status: str = "scored", hd95: float = 5.0, 
 
 
 def volumes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Class 3 differs by 8 voxels in slice 1 and by 120 in slice 4, where the prediction lies too far to the right."""
+    """Class 3: 16 voxels in slice 1, half of them at fault; 120 in slice 4, where the prediction lies too far to the
+    patient's left; most of it, 500, in slice 2, where both agree."""
     hu = np.full(SHAPE, -850, dtype=np.int16)
     reference = np.zeros(SHAPE, dtype=np.uint8)
     reference[:, 10:50, 10:40] = 1
     prediction = reference.copy()
+    reference[2, 12:32, 12:37] = prediction[2, 12:32, 12:37] = 3
     reference[1, 20:24, 20:24] = reference[4, 20:32, 12:22] = 3
     prediction[1, 20:24, 22:26] = prediction[4, 20:32, 24:34] = 3
     return hu, prediction, reference
@@ -81,7 +83,7 @@ def test_the_slice_is_the_one_with_most_difference_and_is_cropped():
     assert found.reference.sum() == found.prediction.sum() == 120
     assert found.spacing_mm == (1.0, 2.0)
     hu, prediction, _ = volumes()
-    assert worst_slice(prediction, prediction, [3], spacing_mm=SPACING).slice_index == 4, "no difference: most tissue"
+    assert worst_slice(prediction, prediction, [3], spacing_mm=SPACING).slice_index == 2, "no difference: most tissue"
     assert cut(slice_index=1).slice_index == 1
     empty = np.zeros(SHAPE, dtype=np.uint8)
     assert worst_slice(empty, empty, [3], spacing_mm=SPACING, volume_hu=hu).reference.shape == SHAPE[1:]
@@ -107,6 +109,11 @@ def test_the_picture_shows_both_outlines_on_their_sides():
     reference, prediction = columns_of(picture, REFERENCE_COLOUR), columns_of(picture, PREDICTION_COLOUR)
     assert min(reference.size, prediction.size) > 100
     assert reference.max() < prediction.min(), "x runs to the patient's left, which is on the viewer's right"
+    grey = 255 * (-850 + 1350) / 1500  # level -600 HU, width 1500 HU
+    for tint, place in ((REFERENCE_COLOUR, reference), (PREDICTION_COLOUR, prediction)):
+        filled = columns_of(picture, tuple(0.35 * c + 0.65 * grey for c in tint), tolerance=4)
+        assert filled.size > 2000, "what only one side holds is tinted in its colour"
+        assert place.min() < np.median(filled) < place.max()
     plain = pixels(slice_png(cut(), outlines=False))
     assert columns_of(plain, REFERENCE_COLOUR).size == columns_of(plain, PREDICTION_COLOUR).size == 0
     assert columns_of(pixels(slice_png(cut(volume_hu=None))), REFERENCE_COLOUR).size > 100
@@ -142,7 +149,7 @@ HOSTILE = '<script>alert(1)</script>" onload="x'
 
 
 def page(**changes) -> str:
-    scores = {HOSTILE: [score("c1", 0.3), score("no-file", 0.0, status="missing prediction")], "other": []}
+    scores = {HOSTILE: [score("c1<b>", 0.3), score("no-file", 0.0, status="missing prediction")], "other": []}
     pairs = [WorstPair(HOSTILE, scores[HOSTILE][0], cut(**changes))]
     return worst_cases_html(pairs, summarise_methods(scores, num_bootstrap=10))
 
@@ -167,7 +174,7 @@ def test_text_is_escaped_and_the_rules_stand_on_the_page():
     for phrase in (
         HOSTILE,
         "Research use only",
-        "ggo – case c1",
+        "ggo – case c1<b>",
         "axial slice 5 of 6",
         "0.300",
         "5.0 mm",
