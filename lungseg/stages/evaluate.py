@@ -42,6 +42,8 @@ MAX_PROBLEMS = 20
 MAX_PROBLEM_TEXT = 200
 """Characters of a problem told above the table: its first sentence, as a rule."""
 
+COMPARISON_FILES = ("comparison.csv", "comparison.md", "comparison.tex")
+
 Scores = dict[str, list[ClassScore]]
 
 
@@ -129,6 +131,8 @@ def evaluate(
     worst = worst_of_methods(plan, scoring, scores, count=config.worst, execution=execution, isolate=_has_dicom(plan))
     write_text(output / "worst.html", worst_cases_html(worst, summaries))
     tables: list[Any] = [rich_table(*summaries)]
+    for name in COMPARISON_FILES:  # of an earlier evaluation into this folder, with other methods
+        (output / name).unlink(missing_ok=True)
     if comparison is not None:
         write_text(output / "comparison.csv", comparison_csv(comparison))
         write_text(output / "comparison.md", comparison_markdown(comparison))

@@ -158,6 +158,8 @@ def test_several_methods_stand_side_by_side(folders: tuple[Path, Path], tmp_path
         tmp_path, predictions, other, reference=references, config=replace(CONFIG, names=("a", "b"), oracle=False)
     )
     assert [m["method"] for m in summary["methods"]] == ["a", "b"]
+    run(tmp_path, predictions, reference=references)  # into the same folder: no comparison of old is left
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
 def test_cases_in_parallel_give_the_same_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
