@@ -61,8 +61,9 @@ def expanded_level(num_patients: int) -> float:
     lognormal, like HD95           0.67 / 0.67  0.76 / 0.86  0.85 / 0.89  0.90 / 0.91
     =============================  ===========  ===========  ===========  ===========
 
-    With two patients both intervals are the two values themselves and hold the median of a symmetric score in half of the
-    cohorts. BCa was no better than the plain interval (normal: 0.71, 0.80, 0.88, 0.93). The t-bootstrap covered best (0.85,
+    With two patients both intervals are the two values themselves: half of them hold the median of the population.
+
+    BCa was no better than the plain interval (normal: 0.71, 0.80, 0.88, 0.93). The t-bootstrap covered best (0.85,
     0.93, 0.95, 0.95), but it leaves the range 0 to 1 and is unbounded with three patients. Other figures with this
     interval: a class that 5 of 30 patients have 0.95, a median difference 0.94 to 0.97 from 5 patients on, a pooled
     Dice with lesions of very unequal size 0.86 (10 patients) and 0.88 (30): a few large lesions decide it.
