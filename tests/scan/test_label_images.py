@@ -114,3 +114,13 @@ def test_a_cropped_image_is_another_grid_a_cropped_segmentation_is_not(tmp_path:
     beyond = Volume(part.array, replace(part.geometry, origin_mm=(-110.0, -20.0, 30.0)))
     with pytest.raises(InputError, match="different grids"):
         onto_reference(LabelImage(beyond, (), may_be_cropped=True), GRID, resample=False, name="it")
+
+
+def test_lungs_of_a_real_cip_map_are_those_of_its_mask(shared_data: Path) -> None:
+    """Regions with airways and vessels inside make up CIP's own whole-lung mask, voxel by voxel."""
+    regions = read(shared_data / "cip-small" / "lm-64.nrrd", "cip-lungs").volume.array
+    mask = read(shared_data / "cip-small" / "wholeLung-64.nrrd", "binary-lung").volume.array
+    np.testing.assert_array_equal(regions > 0, mask == LungLabel.LUNG)
+    middle = regions.shape[2] // 2  # x runs to the patient's left
+    assert (regions[:, :, middle + 4 :] == LungLabel.LEFT).sum() > 20_000
+    assert (regions[:, :, : middle - 4] == LungLabel.RIGHT).sum() > 20_000
