@@ -25,6 +25,8 @@ SPACING_MM = (0.75, 0.7, 0.7)
 CLASSES = ("healthy", "emphysema", "ggo", "fibrosis", "consolidation")
 SHARES = {2: 0.12, 3: 0.12, 4: 0.10, 5: 0.05}
 """Share of the lung that each disease takes of what is left, by label id."""
+SAME_WORK = "lungseg (HD95 only)"
+"""What is held against the target: the rows with all figures do more work than the others and are only shown."""
 TARGET_SPEEDUP = 3.0
 LIMIT_GIB = 3.0
 EQUAL = 1e-5
@@ -111,13 +113,13 @@ def score_surface_distance(prediction: np.ndarray, reference: np.ndarray) -> lis
 
 TOOLS: dict[str, Callable[[np.ndarray, np.ndarray], list[float]]] = {
     "lungseg (all figures, HD95 border)": lambda prediction, reference: score_ours(prediction, reference, "border"),
-    "lungseg (HD95 only)": score_our_hd95,
+    SAME_WORK: score_our_hd95,
     "MONAI (HD95 only)": score_monai,
     "lungseg (all figures, HD95 surface)": lambda prediction, reference: score_ours(prediction, reference, "surface"),
     "surface-distance (HD95 only)": score_surface_distance,
 }
 EQUAL_PAIRS = (
-    ("lungseg (HD95 only)", "MONAI (HD95 only)"),
+    (SAME_WORK, "MONAI (HD95 only)"),
     ("lungseg (all figures, HD95 border)", "MONAI (HD95 only)"),
     ("lungseg (all figures, HD95 surface)", "surface-distance (HD95 only)"),
 )
@@ -146,7 +148,7 @@ def compare(kind: str, found: dict[str, dict[str, object]]) -> list[str]:
     for tool in [tool for tool in found if tool.startswith("lungseg")]:
         speedup = faster / float(found[tool]["cpu"])
         print(f"\n{tool}: {speedup:.1f} times as fast (CPU) as the faster of the others", end="")
-        if speedup < TARGET_SPEEDUP:
+        if tool == SAME_WORK and speedup < TARGET_SPEEDUP:
             problems.append(f"{kind}: {tool} is only {speedup:.1f} times as fast")
         if float(found[tool]["peak_gib"]) > LIMIT_GIB:
             problems.append(f"{kind}: {tool} needs {found[tool]['peak_gib']:.2f} GiB")
