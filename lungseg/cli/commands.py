@@ -12,6 +12,7 @@ from lungseg.config.refine import RefineConfig
 from lungseg.config.run import RunConfig
 from lungseg.config.synthesize import SynthesizeConfig
 from lungseg.config.train_ddpm import TrainConfig
+from lungseg.tissue import LABEL_CONVENTIONS
 
 _SAYING = ("quiet", "verbose")
 _STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
@@ -129,7 +130,8 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "evaluate",
         "lungseg.stages.evaluate:evaluate",
-        "Score label maps of any tool against references: DSC, HD95 in mm, and what was missed.",
+        "Score label maps of any tool against references: DSC, HD95 in mm, and what was missed. Label maps built in: "
+        f"{', '.join(LABEL_CONVENTIONS)}.",
         (
             PathOption(
                 "predictions",

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lungseg.config.fields import MAX_SEED, option
-from lungseg.tissue import EVALUATION_VIEWS, LABEL_CONVENTIONS
+from lungseg.tissue import EVALUATION_VIEWS
 
 MAX_BOOTSTRAP = 1_000_000
 MAX_WORST = 100
 """Pictures of a page that still opens on a telephone."""
-BUILT_IN = ", ".join(LABEL_CONVENTIONS)
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class EvaluateConfig:
     view: str = option("tissues", "Classes of the table.", choices=tuple(EVALUATION_VIEWS))
     hd95: str = option(
         "border",
-        "HD95 of border voxels (MONAI's), area-weighted surfaces (surface-distance's) or both directions pooled "
-        "(medpy's).",
+        "HD95 of border voxels (MONAI's), of surfaces by area (surface-distance's) or pooled (medpy's).",
         choices=("border", "surface", "medpy"),
     )
     tolerance_mm: float = option(2.0, "Tolerance of the surface Dice.", unit="mm", above=0.0, maximum=100.0)
@@ -33,7 +31,7 @@ class EvaluateConfig:
         "volume", "Whole volumes, or each axial slice that the reference annotates.", choices=("volume", "slices")
     )
     label_map: tuple[str, ...] = option(
-        (), f"Meaning of the predictions' ids: FILE or one of {BUILT_IN}; one for all, or one for each folder."
+        (), "Meaning of the predictions' ids: FILE or a built-in name; one for all, or one for each folder."
     )
     reference_label_map: str = option("", "Meaning of the references' ids, as --label-map. Empty: lungseg's own.")
     resample_to: str = option(
