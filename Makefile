@@ -57,6 +57,8 @@ bench: setup
 	$(BIN)/python tests/benchmarks/preprocess_speed.py
 	$(BIN)/python tests/benchmarks/preprocess_memory.py
 	$(BIN)/python tests/benchmarks/lung_masks.py
+	$(BIN)/python tests/benchmarks/evaluation_speed.py
+	$(BIN)/python tests/benchmarks/interval_coverage.py 300
 
 tables: demo
 	@cat $(DEMO_OUTPUT)/test/scores/table.md

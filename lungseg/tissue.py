@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 OUTSIDE = 0
 UNCLASSIFIED = 255
@@ -95,7 +96,7 @@ PAPER_CODE_DENSE_QUARTER_HU = -300.0
 COMPATIBILITY_TOLERANCE_HU = 50.0
 """Tolerance of the optional HU compatibility check (METHOD 1.6)."""
 
-VIEWS: Mapping[str, Mapping[str, tuple[Tissue, ...]]] = {
+VIEWS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "tissues": {TISSUES[tissue].name: (tissue,) for tissue in MIXTURE_TISSUES},
     "paper": {
         "healthy": (Tissue.HEALTHY,),
@@ -138,7 +139,7 @@ _CIP_LUNG_REGIONS: Mapping[int, int] = {
     **dict.fromkeys((2, 4, 5, 6, 12, 13, 14), LUNG_RIGHT),  # lung; superior, middle, inferior lobe; thirds
     **dict.fromkeys((3, 7, 8, 9, 10, 11), LUNG_LEFT),  # lung; superior, inferior lobe; thirds
 }
-_CIP_REGIONS, _CIP_TYPES = range(69), range(92)
+_CIP_REGIONS, _CIP_TYPES = range(79), range(92)
 _CIP_CENTRAL_AIRWAY = (38, 39)
 """Types trachea and main bronchus: no lung, whatever their region."""
 
@@ -198,7 +199,7 @@ LUNG_MASK_CONVENTIONS: Mapping[str, LungMaskConvention] = {
             for region in _CIP_REGIONS
             if region not in _CIP_LUNG_REGIONS or kind in _CIP_CENTRAL_AIRWAY
         ),
-        "ChestImagingPlatform, ChestConventions.py: ChestRegion 0-68, ChestType 0-91; bronchi and vessels within a "
+        "ChestImagingPlatform, Resources/ChestConventions.xml: regions 0-78, types 0-91; bronchi and vessels within a "
         "lung region are lung, as in its own whole-lung masks",
     ),
     "binary": LungMaskConvention("one label: lung, sides by position", {}, frozenset(), "any thresholded mask"),
@@ -208,3 +209,147 @@ LUNG_MASK_CONVENTIONS: Mapping[str, LungMaskConvention] = {
 LUNG_MEAN_HU = (-970.0, -200.0)
 """Mean inside a lung mask that belongs to its scan. Above is soft tissue, even for lungs full of disease; below is the
 air around the body: lungs of the severest emphysema have about -900 (`elastix-emphysema` of the test data: -896)."""
+
+
+# Label maps of other tools: what their ids mean when `lungseg evaluate` scores them. -------------------------------
+
+
+class LungLabel(IntEnum):
+    """Lungs among the classes of an evaluation: ids of their own, so that a lung is never taken for a tissue."""
+
+    LEFT = 101
+    RIGHT = 102
+    LUNG = 103
+    """Lung of a tool that does not tell the sides."""
+
+
+LUNG_VIEWS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "lungs": {"left lung": (LungLabel.LEFT,), "right lung": (LungLabel.RIGHT,)},
+    "lung": {"lung": (LungLabel.LEFT, LungLabel.RIGHT, LungLabel.LUNG)},
+}
+"""Views of lung masks, for tools that find lungs."""
+EVALUATION_VIEWS: Mapping[str, Mapping[str, tuple[int, ...]]] = {**VIEWS, **LUNG_VIEWS}
+"""Every view that `lungseg evaluate` knows."""
+
+NO_CLASS = ("none", "background", "outside", "clear label")
+"""Names that map an id to nothing, explicitly; the last is ITK-SNAP's. Not nnU-Net's `ignore`: not annotated."""
+CLASS_NAMES: Mapping[str, int] = {
+    **dict.fromkeys(NO_CLASS, OUTSIDE),
+    "unclassified": UNCLASSIFIED,
+    **{info.name: int(tissue) for tissue, info in TISSUES.items()},
+    **{info.title.lower(): int(tissue) for tissue, info in TISSUES.items()},
+    "normal": int(Tissue.HEALTHY),
+    "normal lung": int(Tissue.HEALTHY),
+    "ground glass opacity": int(Tissue.GGO),
+    "reticulation": int(Tissue.FIBROSIS),
+    "honeycombing": int(Tissue.FIBROSIS),
+    "lung left": int(LungLabel.LEFT),
+    "left lung": int(LungLabel.LEFT),
+    "lung right": int(LungLabel.RIGHT),
+    "right lung": int(LungLabel.RIGHT),
+    "lung": int(LungLabel.LUNG),
+}
+"""Names of a label map file -> class; case, hyphens and underscores do not matter. Reticulation and honeycombing are
+fibrosis by METHOD 0.1."""
+
+
+def class_name(label: int) -> str:
+    """Name of a class of the evaluation (`none` for ``OUTSIDE``); ``KeyError`` if there is none."""
+    for name, value in CLASS_NAMES.items():
+        if value == int(label):
+            return name
+    raise KeyError(label)
+
+
+MAIN_NAMES = tuple(dict.fromkeys(class_name(value) for value in CLASS_NAMES.values()))
+"""One name of each class, for messages."""
+
+
+@dataclass(frozen=True)
+class LabelConvention:
+    """What the ids of a tool or data set mean."""
+
+    classes: Mapping[int, int]
+    """Id -> class; ``OUTSIDE`` for ids that are known and mean none of our classes."""
+    source: str
+    """Where that is written."""
+    part: Literal["id", "type", "region"] = "id"
+    """What of a stored id counts: all of it, or for CIP its upper (type) or lower (region) byte."""
+    file_names: Mapping[str, int] | None = None
+    """Class files in a folder per case, without their endings -> class; other files there are other structures."""
+
+
+_LUNG_CLASSES: Mapping[int, int] = {
+    OUTSIDE: OUTSIDE,
+    LUNG_LEFT: LungLabel.LEFT,
+    LUNG_RIGHT: LungLabel.RIGHT,
+    LUNG_EITHER: LungLabel.LUNG,
+}
+
+
+def _lung_labels(name: str, *, file_names: Mapping[str, int] | None = None) -> LabelConvention:
+    """A convention of lung masks, for scoring lungs."""
+    convention = LUNG_MASK_CONVENTIONS[name]
+    classes = {**dict.fromkeys(convention.others, OUTSIDE), **convention.sides}
+    return LabelConvention(
+        {label: _LUNG_CLASSES[side] for label, side in classes.items()}, convention.source, file_names=file_names
+    )
+
+
+LABEL_CONVENTIONS: Mapping[str, LabelConvention] = {
+    "lungseg": LabelConvention(
+        {**{int(tissue): int(tissue) for tissue in Tissue}, UNCLASSIFIED: UNCLASSIFIED}, "METHOD 0.1"
+    ),
+    "lungseg-lungs": _lung_labels("lungseg"),
+    "binary-lung": LabelConvention({1: LungLabel.LUNG}, "a lung mask of one value"),
+    # Bullae are counted as emphysema: our choice. Types that are neither one of our tissues nor plainly none of them
+    # (nodules, mosaic, gas trapping, atelectasis, scars) are left out, so that a map that holds them is refused.
+    "cip": LabelConvention(
+        {
+            **dict.fromkeys((0, 2, 3, 8, 9, *range(38, 49), 50, 51, *range(55, 67), *range(72, 77)), OUTSIDE),
+            1: Tissue.HEALTHY,
+            **dict.fromkeys((4, *range(10, 22), 67, 68, 69), Tissue.EMPHYSEMA),
+            5: Tissue.GGO,
+            **dict.fromkeys((6, 37), Tissue.FIBROSIS),
+        },
+        "ChestImagingPlatform, Resources/ChestConventions.xml: id = region + 256 * type",
+        part="type",
+    ),
+    # by region alone: the few voxels of main bronchi with a lung's region count as lung here
+    "cip-lungs": LabelConvention(
+        {region: _LUNG_CLASSES[_CIP_LUNG_REGIONS.get(region, OUTSIDE)] for region in _CIP_REGIONS},
+        LUNG_MASK_CONVENTIONS["cip"].source,
+        part="region",
+    ),
+    "medseg": LabelConvention(
+        {1: Tissue.GGO, 2: Tissue.CONSOLIDATION, 3: OUTSIDE},
+        "medicalsegmentation.com, COVID-19 CT: 1 ground glass, 2 consolidation, 3 pleural effusion",
+    ),
+    "lungmask": _lung_labels("lungmask"),
+    "lungmask-lobes": _lung_labels("lungmask-lobes"),
+    "totalsegmentator": _lung_labels(
+        "totalsegmentator",
+        file_names={
+            "lung_upper_lobe_left": LungLabel.LEFT,
+            "lung_lower_lobe_left": LungLabel.LEFT,
+            "lung_upper_lobe_right": LungLabel.RIGHT,
+            "lung_middle_lobe_right": LungLabel.RIGHT,
+            "lung_lower_lobe_right": LungLabel.RIGHT,
+        },
+    ),
+}
+"""Built-in names of `--label-map`. Nothing tells consolidation in CIP, and nothing but GGO and consolidation in MedSeg:
+classes that a reference cannot hold are not scored."""
+
+SEGMENT_CODES: Mapping[tuple[str, str], int] = {
+    ("SCT", "87433001"): Tissue.EMPHYSEMA,  # Pulmonary emphysema
+    ("DCM", "112120"): Tissue.GGO,  # Ground glass opacity, CID 6104
+    ("DCM", "112113"): Tissue.FIBROSIS,  # Reticular pattern, CID 6103
+    ("DCM", "112106"): Tissue.FIBROSIS,  # Honeycomb pattern, CID 6103
+    ("SCT", "51615001"): Tissue.FIBROSIS,  # Fibrosis of lung
+    ("SCT", "95436008"): Tissue.CONSOLIDATION,  # Lung consolidation
+    ("SCT", "44029006"): LungLabel.LEFT,  # Left lung
+    ("SCT", "3341006"): LungLabel.RIGHT,  # Right lung
+    ("SCT", "39607008"): LungLabel.LUNG,  # Lung
+}
+"""Coding scheme and value of a DICOM segment's SegmentedPropertyTypeCode -> class. Source: DICOM PS3.16, SNOMED CT."""

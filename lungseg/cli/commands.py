@@ -12,6 +12,7 @@ from lungseg.config.refine import RefineConfig
 from lungseg.config.run import RunConfig
 from lungseg.config.synthesize import SynthesizeConfig
 from lungseg.config.train_ddpm import TrainConfig
+from lungseg.tissue import LABEL_CONVENTIONS
 
 _SAYING = ("quiet", "verbose")
 _STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
@@ -135,17 +136,27 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "evaluate",
         "lungseg.stages.evaluate:evaluate",
-        "Score label maps against references: DSC, HD95 in mm, and what was missed.",
+        "Score label maps of any tool against references: DSC, HD95 in mm, and what was missed. Label maps built in: "
+        f"{', '.join(LABEL_CONVENTIONS)}.",
         (
-            PathOption("predictions", "Patch store, or folder of label maps named like the references.", required=True),
-            PathOption("reference", "Folder of reference label maps; a store may hold its own.", ("--reference",)),
+            PathOption(
+                "predictions",
+                "Patch store, folders of label maps named like the references (one for each method), or a label map.",
+                required=True,
+                many=True,
+            ),
+            PathOption(
+                "reference", "Reference label maps, a folder or a file; a store may hold its own.", ("--reference",)
+            ),
             PathOption("id_map", "Id map of the store: references may be named like the sources.", ("--id-map",)),
-            _output("Folder of the tables."),
+            PathOption("patients", "CSV with columns case and patient, for folders.", ("--patients",)),
+            PathOption("images", "Folder of CT scans named like the cases, for pictures.", ("--images",)),
+            _output("Folder of the tables and pictures."),
         ),
         EvaluateConfig,
         (
-            "lungseg evaluate cohort --reference labels -o results",
-            "lungseg evaluate predictions --reference labels -o results --view paper",
+            "lungseg evaluate cohort --reference labels -o results --names diffseglung,density",
+            "lungseg evaluate nnunet/ ours/ --reference labels -o results --label-map dataset.json --patients p.csv",
         ),
         ("jobs", "dry_run", *_SAYING),
     ),

@@ -1,76 +1,45 @@
-"""Overlap of a prediction with a reference, per tissue class, by the rules of METHOD 0.4.
+"""Scores of a prediction against a reference, per tissue class, by the rules of METHOD 0.4.
 
-Nothing is dropped silently: every class of every case yields one ``ClassScore`` whose status says what happened.
+Nothing is dropped silently: every class of every case (in slice mode: of every annotated slice) yields one
+``ClassScore`` whose status says what happened.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lungseg.errors import InputError
-from lungseg.evaluation.surface import hd95_mm, lung_box_diagonal_mm, require_masks, require_spacing
-from lungseg.tissue import OUTSIDE, UNCLASSIFIED, Tissue
-
-MIN_REFERENCE_ML = 1.0
-"""A class counts in a case from this reference volume on, inclusive (METHOD 0.4)."""
-VOLUME_TOLERANCE_ML = 1e-9
-"""Rounding allowed in the comparison with ``MIN_REFERENCE_ML``: voxels × spacing is not exact in binary."""
-
-SCORED = "scored"
-MISSED = "missed"
-FALSE_TISSUE = "false tissue"
-ABSENT = "absent"
-MISSING_PREDICTION = "missing prediction"
-STATUSES = (SCORED, MISSED, FALSE_TISSUE, ABSENT, MISSING_PREDICTION)
-
-View = Mapping[str, Sequence[int]]
-"""Class name -> label ids merged into it, as in ``tissue.VIEWS``."""
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """One class of one case. Numbers that cannot be had, or that must not be averaged, are ``nan``."""
-
-    case_id: str
-    """De-identified id of the scan."""
-    patient_id: str
-    """De-identified id of the patient; statistics resample patients."""
-    tissue: str
-    """Name of the class in the view."""
-    status: str
-    """scored, missed, false tissue, absent or missing prediction."""
-    dice: float
-    """0 to 1; 0 when missed; nan when the reference has less than ``MIN_REFERENCE_ML``."""
-    iou: float
-    """0 to 1, as ``dice``."""
-    precision: float
-    """0 to 1; nan when nothing was predicted."""
-    recall: float
-    """0 to 1; 0 when missed."""
-    reference_ml: float
-    """Reference volume in mL."""
-    predicted_ml: float
-    """Predicted volume in mL; nan when there is no prediction file. With status `false tissue` all of it is false."""
-    volume_error_ml: float
-    """Predicted minus reference volume in mL."""
-    hd95_mm: float
-    """HD95 in mm; nan when missed."""
-    penalised_hd95_mm: float
-    """HD95 in mm; diagonal of the lung's box when missed."""
-
-    @property
-    def is_averaged(self) -> bool:
-        """Whether this class-case pair enters the means: its reference holds enough of the class."""
-        return not math.isnan(self.dice)
-
-    @property
-    def is_missed(self) -> bool:
-        """Whether the reference holds the class and no voxel of it was predicted."""
-        return self.is_averaged and self.status in (MISSED, MISSING_PREDICTION)
+from lungseg.evaluation.label_counts import (
+    View,
+    class_counts,
+    confusion_counts,
+    label_bytes,
+    require_known,
+    require_view,
+)
+from lungseg.evaluation.scores import (
+    ABSENT,
+    FALSE_TISSUE,
+    MISSED,
+    MISSING_PREDICTION,
+    MISSING_REFERENCE,
+    SCORED,
+    SLICES,
+    VOLUME,
+    ClassScore,
+    ScoreSettings,
+)
+from lungseg.evaluation.surface import (
+    bounding_box,
+    lung_box_diagonal_mm,
+    require_masks,
+    require_spacing,
+    surface_figures,
+)
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
@@ -93,7 +62,7 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     require_masks(prediction, reference)
     total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
     if total == 0:
-        return float("nan")
+        return math.nan
     return 2.0 * int(np.count_nonzero(prediction & reference)) / total
 
 
@@ -106,8 +75,9 @@ def score_case(
     lung_mask: np.ndarray | None = None,
     case_id: str,
     patient_id: str,
+    settings: ScoreSettings = ScoreSettings(),
 ) -> list[ClassScore]:
-    """Scores of one case: one row per class of the view, in the view's order.
+    """Scores of one case: one row per class of the view, in the view's order; in slice mode one such set per slice.
 
     Parameters
     ----------
@@ -121,36 +91,47 @@ def score_case(
         Non-zero = lung; its box gives the penalty of a missed class. Default: where the reference is not 0.
     case_id, patient_id : str
         Copied into the scores.
+    settings : ScoreSettings
+        Definitions and mode.
 
     Returns
     -------
     list of ClassScore
-        Reference ≥ 1 mL: `scored`, or `missed` (Dice 0) if nothing was predicted. Less: not averaged; `false tissue`
-        if something was predicted, else `absent`.
+        Enough reference: `scored`, or `missed` (Dice 0) if nothing was predicted. Less: not averaged; `false tissue`
+        if something was predicted, else `absent`. In slice mode distances and penalty are in plane, and only
+        annotated slices are looked at.
 
     Raises
     ------
     InputError
-        If shapes differ, an array is no label map, a label id is unknown, or the lung mask is empty.
+        If shapes differ, an array is no label map, a label id is unknown, the lung mask is empty, or slice mode finds
+        no annotated slice.
 
     Source
     ------
     METHOD 0.4.
     """
     spacing = require_spacing(spacing_mm, reference.ndim)
-    if prediction.shape != reference.shape:
-        raise InputError(
-            f"case {case_id}: prediction {prediction.shape} and reference {reference.shape} lie on different grids; "
-            "resample the prediction to the reference first"
-        )
-    tables = _view_tables(view)
-    prediction = _checked_labels(prediction, view, side="prediction", case_id=case_id)
-    reference = _checked_labels(reference, view, side="reference", case_id=case_id)
-    penalty_mm = _penalty_mm(reference, lung_mask, spacing, case_id)
-    return [
-        _score_class(table[prediction], table[reference], spacing, penalty_mm, names=(case_id, patient_id, name))
-        for name, table in tables.items()
-    ]
+    require_same_shape(prediction, reference, case_id)
+    require_view(view)
+    prediction = label_bytes(prediction, side="prediction", case_id=case_id)
+    reference = label_bytes(reference, side="reference", case_id=case_id)
+    # Everything beyond the box is 0 on both sides and has no surface.
+    box = bounding_box(prediction | reference) or (slice(0),) * reference.ndim
+    cropped = prediction[box], reference[box]
+    whole = confusion_counts(*cropped)
+    require_known(whole.sum(axis=1), view, side="prediction", case_id=case_id)
+    require_known(whole.sum(axis=0), view, side="reference", case_id=case_id)
+    penalty_mm = _penalty_mm(reference, lung_mask, spacing, case_id, settings)
+    voxel_ml = math.prod(spacing) / 1000.0
+    scores = []
+    for slice_index in annotated_parts(reference, settings, case_id):
+        pair = cropped if slice_index is None else (prediction[slice_index], reference[slice_index])
+        counts = whole if slice_index is None else confusion_counts(*pair)
+        for name, ids in view.items():
+            row = _Row(case_id, patient_id, name, slice_index, settings, voxel_ml, penalty_mm)
+            scores.append(_score_class(row, class_counts(counts, ids), pair, ids, spacing))
+    return scores
 
 
 def missing_prediction_scores(
@@ -161,126 +142,208 @@ def missing_prediction_scores(
     lung_mask: np.ndarray | None = None,
     case_id: str,
     patient_id: str,
+    settings: ScoreSettings = ScoreSettings(),
 ) -> list[ClassScore]:
     """Scores of a reference that has no prediction: every class it holds is missed.
 
     Parameters
     ----------
     reference : integer array, shape (Z, Y, X)
-    spacing_mm, view, lung_mask, case_id, patient_id
+    spacing_mm, view, lung_mask, case_id, patient_id, settings
         As in ``score_case``.
 
     Returns
     -------
     list of ClassScore
-        One row per class, all `missing prediction`: Dice 0 and the penalised HD95 where the reference has ≥ 1 mL,
-        ``nan`` below; predicted volumes are ``nan``, for they are unknown, not 0.
+        Rows as ``score_case`` gives them, all `missing prediction`: Dice 0 and the penalised HD95 where the class
+        counts, ``nan`` elsewhere; predicted volumes are ``nan``, for they are unknown, not 0.
 
     Source
     ------
     METHOD 0.4; RELIABILITY row 70.
     """
     spacing = require_spacing(spacing_mm, reference.ndim)
-    tables = _view_tables(view)
-    reference = _checked_labels(reference, view, side="reference", case_id=case_id)
-    penalty_mm = _penalty_mm(reference, lung_mask, spacing, case_id)
-    nan = float("nan")
+    require_view(view)
+    reference = label_bytes(reference, side="reference", case_id=case_id)
+    whole = confusion_counts(reference, reference)
+    require_known(whole.sum(axis=0), view, side="reference", case_id=case_id)
+    penalty_mm = _penalty_mm(reference, lung_mask, spacing, case_id, settings)
+    voxel_ml = math.prod(spacing) / 1000.0
     scores = []
-    for name, table in tables.items():
-        reference_ml = _volume_ml(table[reference], spacing)
-        counts = _counts(reference_ml)
-        zero = 0.0 if counts else nan
-        scores.append(
-            ClassScore(
-                case_id, patient_id, name, MISSING_PREDICTION, zero, zero, nan, zero, reference_ml, nan, nan, nan,
-                penalty_mm if counts else nan,
-            )
-        )  # fmt: skip
+    for slice_index in annotated_parts(reference, settings, case_id):
+        counts = whole if slice_index is None else confusion_counts(reference[slice_index], reference[slice_index])
+        for name, ids in view.items():
+            row = _Row(case_id, patient_id, name, slice_index, settings, voxel_ml, penalty_mm)
+            reference_ml = class_counts(counts, ids)[1] * voxel_ml
+            scores.append(row.missed(MISSING_PREDICTION, reference_ml, math.nan))
     return scores
 
 
-def _score_class(
-    predicted: np.ndarray,
-    wanted: np.ndarray,
-    spacing: tuple[float, ...],
-    penalty_mm: float,
+def missing_reference_scores(
+    prediction: np.ndarray,
     *,
-    names: tuple[str, str, str],
+    spacing_mm: Sequence[float],
+    view: View,
+    case_id: str,
+    patient_id: str,
+    settings: ScoreSettings = ScoreSettings(),
+) -> list[ClassScore]:
+    """Rows of a prediction that has no reference: nothing can be scored, but it is counted.
+
+    Parameters
+    ----------
+    prediction : integer array, shape (Z, Y, X)
+    spacing_mm, view, case_id, patient_id, settings
+        As in ``score_case``.
+
+    Returns
+    -------
+    list of ClassScore
+        One row per class, all `missing reference` and ``nan`` but for the predicted volume. In slice mode too it is
+        one row per class, for the whole volume: without a reference no slice is annotated.
+
+    Source
+    ------
+    RELIABILITY row 70.
+    """
+    spacing = require_spacing(spacing_mm, prediction.ndim)
+    require_view(view)
+    prediction = label_bytes(prediction, side="prediction", case_id=case_id)
+    counts = confusion_counts(prediction, prediction)
+    require_known(counts.sum(axis=1), view, side="prediction", case_id=case_id)
+    voxel_ml = math.prod(spacing) / 1000.0
+    rows = [_Row(case_id, patient_id, name, None, settings, voxel_ml, math.nan) for name in view]
+    return [
+        row.uncounted(MISSING_REFERENCE, math.nan, class_counts(counts, ids)[0] * voxel_ml, math.nan)
+        for row, ids in zip(rows, view.values(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a class's row holds before anything is measured."""
+
+    case_id: str
+    patient_id: str
+    tissue: str
+    slice_index: int | None
+    settings: ScoreSettings
+    voxel_ml: float
+    penalty_mm: float
+
+    def uncounted(self, status: str, reference_ml: float, predicted_ml: float, overlap_ml: float) -> ClassScore:
+        """Row that is counted but not averaged."""
+        nan = math.nan
+        return ClassScore(
+            self.case_id, self.patient_id, self.tissue, status, nan, nan, nan, nan,
+            reference_ml, predicted_ml, predicted_ml - reference_ml, nan, nan,
+            overlap_ml=overlap_ml, slice_index=self.slice_index,
+        )  # fmt: skip
+
+    def missed(self, status: str, reference_ml: float, predicted_ml: float) -> ClassScore:
+        """Row of a class of which nothing was predicted."""
+        if not self.settings.counts(reference_ml):
+            return self.uncounted(status, reference_ml, predicted_ml, 0.0)
+        nan = math.nan
+        error_ml = predicted_ml - reference_ml
+        return ClassScore(
+            self.case_id, self.patient_id, self.tissue, status, 0.0, 0.0, nan, 0.0,
+            reference_ml, predicted_ml, error_ml, nan, self.penalty_mm,
+            volume_error_percent=100.0 * error_ml / reference_ml,
+            overlap_ml=0.0, surface_dice=0.0, slice_index=self.slice_index,
+        )  # fmt: skip
+
+
+def _score_class(
+    row: _Row,
+    counts: tuple[int, int, int],
+    pair: tuple[np.ndarray, np.ndarray],
+    ids: Sequence[int],
+    spacing: tuple[float, ...],
 ) -> ClassScore:
-    """Score of one class; ``names`` is (case, patient, class)."""
-    predicted_ml, reference_ml = _volume_ml(predicted, spacing), _volume_ml(wanted, spacing)
-    volumes = (reference_ml, predicted_ml, predicted_ml - reference_ml)
-    nan = float("nan")
-    if not _counts(reference_ml):
-        status = FALSE_TISSUE if predicted_ml > 0 else ABSENT
-        return ClassScore(*names, status, nan, nan, nan, nan, *volumes, nan, nan)
-    if predicted_ml == 0:
-        return ClassScore(*names, MISSED, 0.0, 0.0, nan, 0.0, *volumes, nan, penalty_mm)
-    hit = int(np.count_nonzero(predicted & wanted))
-    num_predicted, num_wanted = int(np.count_nonzero(predicted)), int(np.count_nonzero(wanted))
-    overlap = (
-        2.0 * hit / (num_predicted + num_wanted),
-        hit / (num_predicted + num_wanted - hit),
-        hit / num_predicted,
-        hit / num_wanted,
+    """Score of one class; ``counts`` are its voxels predicted, in the reference and in both."""
+    num_predicted, num_wanted, hit = counts
+    predicted_ml, reference_ml = num_predicted * row.voxel_ml, num_wanted * row.voxel_ml
+    if not row.settings.counts(reference_ml):
+        return row.uncounted(FALSE_TISSUE if num_predicted else ABSENT, reference_ml, predicted_ml, hit * row.voxel_ml)
+    if not num_predicted:
+        return row.missed(MISSED, reference_ml, predicted_ml)
+    figures = surface_figures(
+        _mask(pair[0], ids), _mask(pair[1], ids),
+        spacing_mm=spacing[-pair[0].ndim :], hd95=row.settings.hd95, tolerance_mm=row.settings.tolerance_mm,
+    )  # fmt: skip
+    return ClassScore(
+        case_id=row.case_id,
+        patient_id=row.patient_id,
+        tissue=row.tissue,
+        status=SCORED,
+        dice=2.0 * hit / (num_predicted + num_wanted),
+        iou=hit / (num_predicted + num_wanted - hit),
+        precision=hit / num_predicted,
+        recall=hit / num_wanted,
+        reference_ml=reference_ml,
+        predicted_ml=predicted_ml,
+        volume_error_ml=predicted_ml - reference_ml,
+        hd95_mm=figures.hd95_mm,
+        penalised_hd95_mm=figures.hd95_mm,
+        volume_error_percent=100.0 * (num_predicted - num_wanted) / num_wanted,
+        overlap_ml=hit * row.voxel_ml,
+        assd_mm=figures.assd_mm,
+        surface_dice=figures.surface_dice,
+        slice_index=row.slice_index,
     )
-    distance = hd95_mm(predicted, wanted, spacing_mm=spacing)
-    return ClassScore(*names, SCORED, *overlap, *volumes, distance, distance)
 
 
-def _counts(reference_ml: float) -> bool:
-    """Whether the reference holds enough of a class for it to be averaged."""
-    return reference_ml >= MIN_REFERENCE_ML - VOLUME_TOLERANCE_ML
+def _mask(labels: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Voxels with one of the ids: some comparisons of bytes are far faster than one look-up."""
+    mask = labels == int(ids[0])
+    for other in ids[1:]:
+        mask |= labels == int(other)
+    return mask
 
 
-def _volume_ml(mask: np.ndarray, spacing: tuple[float, ...]) -> float:
-    """Volume of the true voxels in mL."""
-    return int(np.count_nonzero(mask)) * math.prod(spacing) / 1000.0
-
-
-def _view_tables(view: View) -> dict[str, np.ndarray]:
-    """Per class a bool lookup table over the 256 label ids; ids that mean "no tissue" are refused."""
-    tables = {}
-    for name, ids in view.items():
-        wrong = [int(i) for i in ids if int(i) in (OUTSIDE, UNCLASSIFIED) or not 0 <= int(i) <= 255]
-        if wrong or not ids:
-            raise InputError(f"class {name!r} of the view needs tissue ids 1 to 254, not {list(map(int, ids))}")
-        table = np.zeros(256, dtype=bool)
-        table[[int(i) for i in ids]] = True
-        tables[name] = table
-    return tables
-
-
-def _checked_labels(labels: np.ndarray, view: View, *, side: str, case_id: str) -> np.ndarray:
-    """Labels as uint8; ids that neither the taxonomy nor the view knows are an error, never ignored."""
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"case {case_id}: the {side} must be an integer label map, not {labels.dtype}")
-    known = {OUTSIDE, UNCLASSIFIED, *map(int, Tissue)} | {int(i) for ids in view.values() for i in ids}
-    if labels.dtype != np.uint8:
-        if labels.size and (labels.min() < 0 or labels.max() > 255):
-            raise InputError(
-                f"case {case_id}: the {side} has labels from {labels.min()} to {labels.max()}; "
-                f"known ids are {sorted(known)}"
-            )
-        labels = labels.astype(np.uint8)
-    is_foreign = np.ones(256, dtype=bool)
-    is_foreign[sorted(known)] = False
-    foreign = is_foreign[labels]
-    if foreign.any():
+def require_same_shape(prediction: np.ndarray, reference: np.ndarray, case_id: str) -> None:
+    """Raise ``InputError`` naming the case unless both label maps have one shape."""
+    if prediction.shape != reference.shape:
         raise InputError(
-            f"case {case_id}: the {side} has unknown label ids {np.unique(labels[foreign]).tolist()}; "
-            f"known ids are {sorted(known)}. Map foreign labels to them first"
+            f"case {case_id}: prediction {prediction.shape} and reference {reference.shape} lie on different grids; "
+            "resample the prediction to the reference first"
         )
-    return labels
 
 
-def _penalty_mm(reference: np.ndarray, lung_mask: np.ndarray | None, spacing: tuple[float, ...], case_id: str) -> float:
+def annotated_parts(reference: np.ndarray, settings: ScoreSettings, case_id: str) -> Sequence[int | None]:
+    """Slices to score one by one, in order; ``[None]`` for the volume as a whole."""
+    if settings.mode == VOLUME:
+        return [None]
+    if reference.ndim != 3:
+        raise InputError(f"case {case_id}: slice mode needs volumes (Z, Y, X), not shape {reference.shape}")
+    if settings.slices is None:
+        annotated = np.flatnonzero(reference.any(axis=(1, 2))).tolist()
+    else:
+        annotated = sorted(set(map(int, settings.slices)))
+    if not annotated:
+        raise InputError(f"case {case_id}: the reference has no annotated slice (all voxels are 0)")
+    if annotated[0] < 0 or annotated[-1] >= len(reference):
+        raise InputError(f"case {case_id}: annotated slices {annotated} do not lie in 0 to {len(reference) - 1}")
+    return annotated
+
+
+def _penalty_mm(
+    reference: np.ndarray,
+    lung_mask: np.ndarray | None,
+    spacing: tuple[float, ...],
+    case_id: str,
+    settings: ScoreSettings,
+) -> float:
     """What a missed class is charged, in mm; nan only if no class can be missed (empty reference, no lung mask)."""
-    if lung_mask is None:
-        return lung_box_diagonal_mm(reference, spacing)
-    if lung_mask.shape != reference.shape:
-        raise InputError(f"case {case_id}: lung mask {lung_mask.shape} and reference {reference.shape} differ in shape")
-    penalty = lung_box_diagonal_mm(lung_mask, spacing)
-    if math.isnan(penalty):
+    lung = reference if lung_mask is None else lung_mask
+    if lung.shape != reference.shape:
+        raise InputError(f"case {case_id}: lung mask {lung.shape} and reference {reference.shape} differ in shape")
+    if settings.mode == SLICES:
+        # in plane, and of the whole lung: a slice may miss the lung mask and still hold the class
+        penalty = lung_box_diagonal_mm(np.any(lung, axis=0), spacing[1:])
+    else:
+        penalty = lung_box_diagonal_mm(lung, spacing)
+    if lung_mask is not None and math.isnan(penalty):
         raise InputError(f"case {case_id}: the lung mask is empty, so a missed class cannot be penalised")
     return penalty

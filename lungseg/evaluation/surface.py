@@ -1,19 +1,60 @@
-"""Distances between the surfaces of two masks, in millimetres.
+"""Distances between the surfaces of two masks, in millimetres: HD95, ASSD and surface Dice.
 
-One definition, METHOD 0.4: border voxels (mask minus its 6-connected erosion), physical spacing, the larger of the
-two directed 95th percentiles. It equals MONAI's HD95. Arrays are ``(z, y, x)``.
+Three published definitions share the name HD95; each has its sentence in ``HD95_DEFINITIONS``, which every table
+prints. The default is METHOD 0.4. Arrays are ``(z, y, x)``, or ``(y, x)`` for one slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lungseg.errors import InputError
+from lungseg.evaluation.distances import directed_distances_mm, slabs
+from lungseg.evaluation.surface_elements import element_areas, surface_elements
 
 HD_PERCENTILE = 95.0
-"""Percentile of each directed distance, linear interpolation (METHOD 0.4)."""
+"""Percentile of the distances, linear interpolation (METHOD 0.4)."""
+BORDER, SURFACE, MEDPY = "border", "surface", "medpy"
+HD95_DEFINITIONS: Mapping[str, str] = {
+    BORDER: (
+        "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, larger of the two directed "
+        "95th percentiles (MONAI's definition)."
+    ),
+    SURFACE: (
+        "HD95 in mm: surface elements weighted by their area (marching cubes between voxel centres), physical spacing, "
+        "larger of the two directed 95th percentiles of area (the definition of the package surface-distance)."
+    ),
+    MEDPY: (
+        "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, 95th percentile of both "
+        "directions pooled (medpy's definition)."
+    ),
+}
+"""What each choice of HD95 means: printed with every table (METHOD 0.4)."""
+ASSD_DEFINITION = "ASSD in mm: mean distance of border voxels to the other border, both directions pooled."
+"""Printed with every table that shows it. Equal to MONAI's symmetric average surface distance."""
+
+
+def surface_dice_definition(tolerance_mm: float) -> str:
+    """Sentence that says what the surface Dice of a table is."""
+    return (
+        f"Surface Dice (NSD): share of both surfaces, by area, that lies within {tolerance_mm:g} mm of the other one "
+        "(surface-distance's definition)."
+    )
+
+
+@dataclass(frozen=True)
+class SurfaceFigures:
+    """Surface figures of one pair of masks."""
+
+    hd95_mm: float
+    """95th percentile Hausdorff distance in mm; nan if a mask is empty."""
+    assd_mm: float
+    """Average symmetric surface distance in mm; nan if a mask is empty."""
+    surface_dice: float
+    """0 to 1 at the tolerance; 0 if one mask is empty, nan if both are."""
 
 
 def require_masks(prediction: np.ndarray, reference: np.ndarray) -> None:
@@ -73,79 +114,169 @@ def border_voxels(mask: np.ndarray) -> np.ndarray:
     ------
     METHOD 0.4; MONAI ``get_mask_edges`` (what lies beyond the volume is background).
     """
-    inner = mask.copy()
-    for axis in range(mask.ndim):
-        here, there = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
-        here[1:] &= there[:-1]
-        here[:-1] &= there[1:]
-        here[:1] = False
-        here[-1:] = False
-    return mask & ~inner
+    border = np.empty(mask.shape, dtype=bool)
+    for slab in slabs(mask.shape):
+        here = mask[slab]
+        inner = here.copy()
+        for axis in range(mask.ndim):
+            eroded, whole = np.moveaxis(inner, axis, 0), np.moveaxis(here, axis, 0)
+            eroded[1:] &= whole[:-1]
+            eroded[:-1] &= whole[1:]
+            if axis > 0:
+                eroded[:1] = False
+                eroded[-1:] = False
+        inner[0] &= mask[slab.start - 1] if slab.start > 0 else False
+        inner[-1] &= mask[slab.stop] if slab.stop < len(mask) else False
+        np.greater(here, inner, out=border[slab])
+    return border
 
 
-def directed_distances_mm(border_from: np.ndarray, border_to: np.ndarray, *, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Distance of each border voxel of one surface to the nearest border voxel of the other.
-
-    Parameters
-    ----------
-    border_from, border_to : bool arrays of one shape
-        As ``border_voxels`` gives them; ``border_to`` must not be empty.
-    spacing_mm : (z, y, x) in mm
-
-    Returns
-    -------
-    float64 array, shape (number of true voxels of ``border_from``,)
-        Millimetres between voxel centres, exact Euclidean.
-    """
-    from scipy import ndimage
-
-    # Only the nearest-voxel indices are asked for: the distances are needed at a few voxels, and SciPy's dense
-    # float64 map would double the peak memory of a full lung.
-    nearest = ndimage.distance_transform_edt(
-        ~border_to, sampling=spacing_mm, return_distances=False, return_indices=True
-    )
-    here = np.nonzero(border_from)
-    squared = np.zeros(len(here[0]), dtype=np.float64)
-    for axis, step in enumerate(spacing_mm):
-        squared += ((nearest[axis][here].astype(np.float64) - here[axis]) * step) ** 2
-    return np.sqrt(squared)
-
-
-def hd95_mm(prediction: np.ndarray, reference: np.ndarray, *, spacing_mm: Sequence[float]) -> float:
-    """95th percentile Hausdorff distance of two masks, in mm.
+def surface_figures(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    *,
+    spacing_mm: Sequence[float],
+    hd95: str = BORDER,
+    tolerance_mm: float = 2.0,
+) -> SurfaceFigures:
+    """HD95, ASSD and surface Dice of two masks.
 
     Parameters
     ----------
-    prediction, reference : bool arrays of one shape, (Z, Y, X)
+    prediction, reference : bool arrays of one shape, (Z, Y, X) or (Y, X)
     spacing_mm : sequence of float
-        Distance of voxel centres along (z, y, x) in mm. Mandatory: there is no sensible default.
+        Distance of voxel centres along each axis in mm. Mandatory: there is no sensible default.
+    hd95 : str
+        Key of ``HD95_DEFINITIONS``. ASSD is always over border voxels and surface Dice always over areas.
+    tolerance_mm : float
+        Two surfaces agree within it, inclusive (surface Dice).
 
     Returns
     -------
-    float
-        Larger of the two directed 95th percentiles (linear interpolation) of the distances between border voxels.
-        ``nan`` if either mask is empty: how a missed class counts is decided in ``overlap.score_case``.
+    SurfaceFigures
+        How an empty side counts is decided in ``overlap.score_case``; here it gives no distance.
 
     Raises
     ------
     InputError
-        If the shapes differ, a mask is not bool or the spacing is not positive.
+        If the shapes differ, a mask is not bool, or the spacing, tolerance or definition is not valid.
 
     Source
     ------
-    METHOD 0.4; equal to MONAI ``compute_hausdorff_distance(percentile=95)`` within 1e-5·max(1, |x|).
+    METHOD 0.4. Nikolov et al., arXiv 1809.04430 (area-weighted percentile and surface Dice).
     """
+    require_definition(hd95, tolerance_mm)
+    cropped = _cropped(prediction, reference, spacing_mm)
+    if cropped is None:
+        return SurfaceFigures(np.nan, np.nan, 0.0 if prediction.any() or reference.any() else np.nan)
+    there, back = _border_distances(*cropped)
+    first, second = _element_distances(*cropped)
+    near = sum(float(areas[distances <= tolerance_mm].sum()) for distances, areas in (first, second))
+    total = sum(float(areas.sum()) for _, areas in (first, second))
+    return SurfaceFigures(
+        hd95_mm=_area_hd95(first, second) if hd95 == SURFACE else _border_hd95(there, back, hd95),
+        assd_mm=float((there.sum() + back.sum()) / (there.size + back.size)),
+        surface_dice=near / total,
+    )
+
+
+def hd95_mm(
+    prediction: np.ndarray, reference: np.ndarray, *, spacing_mm: Sequence[float], definition: str = BORDER
+) -> float:
+    """95th percentile Hausdorff distance of two masks, in mm; as in ``surface_figures``, but nothing else is measured.
+
+    Parameters
+    ----------
+    prediction, reference, spacing_mm
+        As in ``surface_figures``.
+    definition : str
+        Key of ``HD95_DEFINITIONS``.
+
+    Returns
+    -------
+    float
+        ``nan`` if either mask is empty: how a missed class counts is decided in ``overlap.score_case``.
+
+    Source
+    ------
+    METHOD 0.4; the default is equal to MONAI ``compute_hausdorff_distance(percentile=95)`` within 1e-5·max(1, |x|).
+    """
+    require_definition(definition, 0.0)
+    cropped = _cropped(prediction, reference, spacing_mm)
+    if cropped is None:
+        return float("nan")
+    if definition == SURFACE:
+        return _area_hd95(*_element_distances(*cropped))
+    return _border_hd95(*_border_distances(*cropped), definition)
+
+
+def require_definition(hd95: str, tolerance_mm: float) -> None:
+    """Raise ``InputError`` unless the HD95 is a known one and the tolerance a distance."""
+    if hd95 not in HD95_DEFINITIONS:
+        raise InputError(f"unknown HD95 definition {hd95!r}: choose one of {', '.join(HD95_DEFINITIONS)}")
+    if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise InputError(f"the tolerance of the surface Dice must be 0 mm or more, not {tolerance_mm}")
+
+
+Pair = tuple[np.ndarray, np.ndarray, tuple[float, ...]]
+"""Two masks cropped to the box of both, and their spacing in mm."""
+Elements = tuple[np.ndarray, np.ndarray]
+"""Distance in mm and area of each surface element of one mask."""
+
+
+def _cropped(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]) -> Pair | None:
+    """Checked masks in the box of both; None if one of them is empty."""
     require_masks(prediction, reference)
     spacing = require_spacing(spacing_mm, prediction.ndim)
-    if not prediction.any() or not reference.any():
-        return float("nan")
-    box = bounding_box(prediction | reference)
-    assert box is not None
-    # Beyond the union box both masks are background, so its faces are borders exactly as in the full volume.
-    borders = border_voxels(prediction[box]), border_voxels(reference[box])
-    there = directed_distances_mm(borders[0], borders[1], spacing_mm=spacing)
-    back = directed_distances_mm(borders[1], borders[0], spacing_mm=spacing)
+    boxes = bounding_box(prediction), bounding_box(reference)
+    if boxes[0] is None or boxes[1] is None:
+        return None
+    # Beyond this box both masks are background, so its faces are borders exactly as in the full volume.
+    box = tuple(
+        slice(min(first.start, second.start), max(first.stop, second.stop))
+        for first, second in zip(boxes[0], boxes[1], strict=True)
+    )
+    return prediction[box], reference[box], spacing
+
+
+def _border_distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of each border voxel to the other border, for both directions."""
+    first, second = border_voxels(prediction), border_voxels(reference)
+    return (
+        directed_distances_mm(first, second, spacing_mm=spacing),
+        directed_distances_mm(second, first, spacing_mm=spacing),
+    )
+
+
+def _element_distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
+) -> tuple[Elements, Elements]:
+    """Distance of each surface element to the other surface, and its area, for both directions."""
+    areas = element_areas(spacing)
+    (first, first_codes), (second, second_codes) = surface_elements(prediction), surface_elements(reference)
+    there = directed_distances_mm(first, second, spacing_mm=spacing)
+    back = directed_distances_mm(second, first, spacing_mm=spacing)
+    return (there, areas[first_codes]), (back, areas[second_codes])
+
+
+def _border_hd95(there: np.ndarray, back: np.ndarray, definition: str) -> float:
+    """Percentile of the distances of border voxels."""
+    if definition == MEDPY:
+        return float(np.percentile(np.concatenate([there, back]), HD_PERCENTILE))
     return float(max(np.percentile(there, HD_PERCENTILE), np.percentile(back, HD_PERCENTILE)))
+
+
+def _area_hd95(first: Elements, second: Elements) -> float:
+    """Larger of the smallest distances within which 95 % of a surface's area lies."""
+    found = []
+    for distances, areas in (first, second):
+        order = np.argsort(distances, kind="stable")
+        share = np.cumsum(areas[order]) / areas.sum()
+        index = int(np.searchsorted(share, HD_PERCENTILE / 100.0))
+        found.append(float(distances[order[min(index, len(order) - 1)]]))
+    return max(found)
 
 
 def lung_box_diagonal_mm(lung_mask: np.ndarray, spacing_mm: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lungseg.errors import InputError
-from lungseg.evaluation.tables import csv_text
+from lungseg.evaluation.writers import csv_text
 from lungseg.tissue import LAA950_HU, LUNG_LEFT, LUNG_RIGHT, OUTSIDE, TISSUES, UNCLASSIFIED, Tissue
 
 OK = "ok"

@@ -42,12 +42,12 @@ def read_frames(dataset: Any) -> tuple[Frame, ...]:
     dataset : pydicom Dataset
         With the shared and per-frame functional groups.
     """
-    shared = _items(dataset, SHARED_GROUPS)
-    return tuple(_frame(own, shared[0] if shared else None) for own in _items(dataset, FRAME_GROUPS))
+    shared = sequence_items(dataset, SHARED_GROUPS)
+    return tuple(_frame(own, shared[0] if shared else None) for own in sequence_items(dataset, FRAME_GROUPS))
 
 
-def _items(dataset: Any, tag: int) -> list[Any]:
-    """Items of a sequence; empty if it is absent or no sequence."""
+def sequence_items(dataset: Any, tag: int) -> list[Any]:
+    """Items of a sequence; empty if it, or the dataset, is absent, or it is no sequence."""
     if dataset is None or tag not in dataset or dataset[tag].VR != "SQ":
         return []
     return list(dataset[tag].value)
@@ -58,12 +58,12 @@ def _frame(own: Any, shared: Any) -> Frame:
 
     def macro(tag: int, value: int) -> str:
         for groups in (own, shared):
-            items = _items(groups, tag)
+            items = sequence_items(groups, tag)
             if items:
                 return text(items[0], value)
         return ""
 
-    content = _items(own, FRAME_CONTENT)  # never shared
+    content = sequence_items(own, FRAME_CONTENT)  # never shared
     number = unsigned(content[0], 0x00209156) if content else None
     return Frame(
         position=floats(macro(PLANE_POSITION, 0x00200032), 3),  # type: ignore[arg-type]

@@ -26,10 +26,10 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """An empty file with one of these was meant to be a slice."""
 
 
-def image_stem(path: Path) -> str:
+def image_stem(path: Path, suffixes: tuple[str, ...] = (*IMAGE_SUFFIXES, ".zip")) -> str:
     """Name of a file without the ending of an image format or archive; of a folder its name."""
     name = path.name
-    for suffix in sorted((*IMAGE_SUFFIXES, ".zip"), key=len, reverse=True):
+    for suffix in sorted(suffixes, key=len, reverse=True):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name

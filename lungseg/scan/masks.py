@@ -51,7 +51,7 @@ def onto_grid(mask: Volume, grid: Geometry, *, allow_resample: bool, name: str) 
     ------
     RELIABILITY rows 33, 35.
     """
-    moved = _same_grid(mask, grid)
+    moved = same_grid(mask, grid)
     if moved is not None:
         return moved
     if not allow_resample:
@@ -116,8 +116,11 @@ def describe(geometry: Geometry) -> str:
     return f"{shape} voxels (z, y, x), spacing {spacing} mm, origin (S, P, L) {origin} mm, direction [{direction}]"
 
 
-def _same_grid(mask: Volume, grid: Geometry) -> np.ndarray | None:
-    """The mask with its axes in the order of ``grid``, or None if no order and direction makes both one grid."""
+def same_grid(mask: Volume, grid: Geometry) -> np.ndarray | None:
+    """The mask with its axes in the order of ``grid``, or None if no order and direction makes both one grid.
+
+    One grid means: corresponding corners within ``GRID_TOLERANCE_VOXELS`` of the smallest voxel edge.
+    """
     for axes in permutations(range(3)):
         if tuple(mask.geometry.shape[a] for a in axes) != grid.shape:
             continue

@@ -2,218 +2,272 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
-from lungseg.errors import InputError, StoreError
-from lungseg.evaluation.overlap import missing_prediction_scores, score_case
-from lungseg.evaluation.tables import cases_csv, markdown_table, rich_table, summarise, summary_dict
-from lungseg.scan.nifti import read_image
-from lungseg.scan.resample import resample_onto
-from lungseg.scan.sources import IMAGE_SUFFIXES
-from lungseg.scan.volume import Geometry, Volume
-from lungseg.stages.cohort import DONE, FAILED, CaseReturn, StageResult, output_folder, run_cases
-from lungseg.stages.refine import source_labels
-from lungseg.store.atomic import write_json, write_text
-from lungseg.store.cases import Store, read_id_map
-from lungseg.tissue import OUTSIDE, VIEWS
+from lungseg.errors import InputError, PartialError
+from lungseg.evaluation.comparison import compare_methods
+from lungseg.evaluation.comparison_tables import (
+    comparison_csv,
+    comparison_latex,
+    comparison_markdown,
+    comparison_rich_table,
+)
+from lungseg.evaluation.oracle import OracleNaming, oracle_naming
+from lungseg.evaluation.scores import MISSING_PREDICTION, MISSING_REFERENCE, ClassScore, ScoreSettings
+from lungseg.evaluation.summary import ORACLE_SUFFIX, summarise_methods
+from lungseg.evaluation.tables import cases_csv, latex_table, markdown_table, results_dict, rich_table
+from lungseg.report.score_pictures import score_boxplot_png
+from lungseg.report.worst_cases import worst_cases_html
+from lungseg.scan.discovery import DICOM_SUFFIXES
+from lungseg.scan.label_images import DEFAULT_MAP
+from lungseg.scan.label_maps import LabelMap
+from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult, output_folder, run_cases
+from lungseg.stages.evaluate_case import CaseScores, Scoring, oracle_scores, score_pair
+from lungseg.stages.evaluate_pairs import ScoringPlan, make_plan
+from lungseg.stages.evaluate_worst import worst_of_methods
+from lungseg.store.atomic import write_bytes, write_json, write_text
+from lungseg.store.cases import Store
+from lungseg.tissue import LABEL_CONVENTIONS, class_name
 
-log = logging.getLogger(__name__)
+MAX_PROBLEMS = 20
+"""Cases whose problem is told above the table; the rest is counted, and all stand in summary.json."""
+MAX_PROBLEM_TEXT = 200
+"""Characters of a problem told above the table: its first sentence, as a rule."""
 
+COMPARISON_FILES = ("comparison.csv", "comparison.md", "comparison.tex")
 
-@dataclass(frozen=True)
-class _Pair:
-    """A prediction and its reference; either may be missing."""
-
-    case_id: str
-    patient_id: str
-    reference: Path | None
-    """Label map file; None: the store's own reference.h5, or none at all."""
-    prediction: Path | None
-    """Label map file; None: the store's labels, or none at all."""
+Scores = dict[str, list[ClassScore]]
 
 
 def evaluate(
-    predictions: Store | Path | str,
+    predictions: Store | Path | str | Sequence[Store | Path | str],
     output: Path,
     config: EvaluateConfig = EvaluateConfig(),
     *,
     reference: Path | None = None,
     id_map: Path | None = None,
+    patients: Path | None = None,
+    images: Path | None = None,
     execution: Execution = Execution(),
 ) -> StageResult:
-    """Score predictions and write ``cases.csv``, ``summary.json`` and ``table.md`` into ``output``.
+    """Score predictions of one or several methods and write tables, pictures and figures into ``output``.
 
     Parameters
     ----------
-    predictions : store or folder
-        A patch store (its labels are put on each reference's grid), or a folder of label maps named like the
-        references.
+    predictions : store, folder, or several of them
+        A patch store (each clustering of ``config.names`` is a method; its labels are put on each reference's grid),
+        or folders of label maps named like the references (each folder is a method).
     reference : folder, optional
         Label maps named ``<case_id>.nii.gz``, or like the sources of the store (``id_map``). Without it the store's
         own references are used.
+    id_map : file, optional
+        Of the store.
+    patients : file, optional
+        CSV with columns case and patient, for folders.
+    images : folder, optional
+        CT scans named like the cases, for the pictures of the worst pairs; a store has its own.
 
     Returns
     -------
     StageResult
-        ``values["summary"]`` holds the figures of ``summary.json``.
+        ``values["summary"]`` holds the figures of ``summary.json``. The exit code is 8 if a side of any case is
+        missing or cannot be used; the rest is scored.
 
     Raises
     ------
     InputError
         If there is no reference at all, or none that fits a prediction.
+    UsageError
+        If options do not go together.
     """
+    given = [predictions] if isinstance(predictions, (Store, Path, str)) else list(predictions)
+    places = [place if isinstance(place, Store) else Path(place) for place in given]
+    plan = make_plan(
+        places,
+        config,
+        reference=Path(reference) if reference else None,
+        id_map=Path(id_map) if id_map else None,
+        patients=Path(patients) if patients else None,
+        images=Path(images) if images else None,
+    )
     output = output_folder(Path(output))
-    store = predictions if isinstance(predictions, Store) else _as_store(Path(predictions))
-    if store is not None:
-        pairs = _store_pairs(store, config.name, reference, id_map)
-    else:
-        if reference is None:
-            raise InputError(f"{predictions} is a folder of label maps: give --reference DIR")
-        pairs = _folder_pairs(Path(str(predictions)), Path(reference))
+    settings = ScoreSettings(hd95=config.hd95, tolerance_mm=config.tolerance_mm, mode=config.mode)
+    scoring = Scoring(
+        plan.methods, plan.view, plan.reference_map, settings, config.resample_to == "reference", config.oracle
+    )
     outcomes = run_cases(
-        _score_one, pairs, store, config,
-        names=[pair.case_id for pair in pairs], title="evaluate", execution=execution,
+        score_pair, plan.pairs, scoring,
+        names=[pair.case_id for pair in plan.pairs], title="evaluate", execution=execution, isolate=_has_dicom(plan),
     )  # fmt: skip
-    scores = [score for outcome in outcomes for score in outcome.value or ()]
-    if not scores:
-        raise InputError(f"nothing could be scored: {outcomes[0].message if outcomes else 'no reference was found'}")
-    scored = {pair.case_id for pair in pairs}
-    left = [c for c in store.case_ids() if c not in scored] if store else []
-    unscored = (f"{len(left)} cases have no reference and are not scored: {', '.join(left[:5])}",) if left else ()
-    summary = summarise(scores, num_bootstrap=config.bootstrap, seed=config.seed)
-    figures = {**summary_dict(summary), "config": to_dict(config)}
-    write_text(output / "cases.csv", cases_csv(scores))
+    scores = _by_method(plan, outcomes)
+    if not any(row.status != MISSING_REFERENCE for rows in scores.values() for row in rows):
+        raise InputError(f"nothing could be scored: {outcomes[0].message}")
+    problems = _problems(outcomes)
+    oracle, namings, oracle_notes = _oracle(plan, scoring, outcomes, scores, execution)
+    summaries = summarise_methods(scores, oracle, settings=settings, num_bootstrap=config.bootstrap, seed=config.seed)
+    notes = (*_problem_notes(problems), *plan.notes, *oracle_notes)
+    summaries = (dataclasses.replace(summaries[0], notes=notes), *summaries[1:])
+    comparison = compare_methods(scores, num_bootstrap=config.bootstrap, seed=config.seed) if len(scores) > 1 else None
+    figures = {
+        **results_dict(summaries, comparison),
+        "config": _public_config(config),
+        "label_maps": _label_maps(plan),
+        "oracle_namings": {name: _naming_dict(naming) for name, naming in namings.items()},
+        "problems": problems,
+    }
+    write_text(output / "cases.csv", cases_csv({**scores, **{f"{m}{ORACLE_SUFFIX}": r for m, r in oracle.items()}}))
     write_json(output / "summary.json", figures)
-    write_text(output / "table.md", markdown_table(summary))
+    write_text(output / "table.md", markdown_table(*summaries))
+    write_text(output / "table.tex", latex_table(*summaries))
+    write_bytes(output / "boxplot.png", score_boxplot_png(scores, hd95_name=config.hd95))
+    worst = worst_of_methods(plan, scoring, scores, count=config.worst, execution=execution, isolate=_has_dicom(plan))
+    write_text(output / "worst.html", worst_cases_html(worst, summaries))
+    tables: list[Any] = [rich_table(*summaries)]
+    for name in COMPARISON_FILES:  # of an earlier evaluation into this folder, with other methods
+        (output / name).unlink(missing_ok=True)
+    if comparison is not None:
+        write_text(output / "comparison.csv", comparison_csv(comparison))
+        write_text(output / "comparison.md", comparison_markdown(comparison))
+        write_text(output / "comparison.tex", comparison_latex(comparison))
+        tables.append(comparison_rich_table(comparison))
     return StageResult(
         "evaluate",
         output,
         outcomes,
-        tables=(rich_table(summary),),
-        notes=(*unscored, f"tables: {output}"),
+        tables=tuple(tables),
+        notes=(f"tables: {output}",),
         values={"summary": figures},
+        verdict=PartialError.exit_code if any(o.status == FAILED for o in outcomes) else None,
     )
 
 
-def _as_store(path: Path) -> Store | None:
-    return Store(path) if (path / "store.json").is_file() else None
+def _has_dicom(plan: ScoringPlan) -> bool:
+    """Whether a file needs a decoder, which may crash on it."""
+    paths = [path for pair in plan.pairs for path in (pair.reference, *pair.predictions) if path is not None]
+    return any(path.name.lower().endswith(DICOM_SUFFIXES) for path in paths)
 
 
-def _stem(path: Path) -> str:
-    name = path.name
-    for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+def _by_method(plan: ScoringPlan, outcomes: Sequence[CaseOutcome]) -> Scores:
+    """Rows of each method over all cases."""
+    return {
+        method.name: [row for outcome in outcomes for row in _value(outcome).scores.get(method.name, ())]
+        for method in plan.methods
+    }
 
 
-def _label_maps(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of label maps")
-    return {_stem(f): f for f in sorted(folder.iterdir()) if f.name.lower().endswith(IMAGE_SUFFIXES)}
+def _value(outcome: CaseOutcome) -> CaseScores:
+    """What a case gave; nothing but its message if it ended in an error."""
+    if isinstance(outcome.value, CaseScores):
+        return outcome.value
+    return CaseScores(problems={"": outcome.message} if outcome.status != DONE else {})
 
 
-def _store_pairs(store: Store, name: str, reference: Path | None, id_map: Path | None) -> list[_Pair]:
-    """References by file stem = case id or = source name through the id map, else the store's own."""
-    case_ids = store.require_cases()
-    maps = _label_maps(Path(reference)) if reference else {}
-    sources = {}
-    if id_map:
-        rows = read_id_map(Path(id_map))
-        stems = [_stem(Path(row["source"])) for row in rows]
-        # two sources of one name cannot be told apart by a reference of that name: their case ids still can
-        sources = {stem: row["case_id"] for stem, row in zip(stems, rows, strict=True) if stems.count(stem) == 1}
-    by_case = {sources.get(stem, stem): path for stem, path in maps.items()}
-    pairs = []
-    for case_id in case_ids:
-        if case_id in by_case or (not reference and store.case_file(case_id, "reference").exists()):
-            pairs.append(_Pair(case_id, _patient(store, case_id), by_case.get(case_id), None))
-    strangers = [path for case_id, path in by_case.items() if case_id not in case_ids]
-    # file names of strangers may hold patients' names: they get numbers, and only -v tells which is which
-    for number, path in enumerate(strangers, start=1):
-        name = f"reference-{number:04d}"
-        log.debug("evaluate: %s is %s", name, path)
-        pairs.append(_Pair(name, name, path, None))
-    if not any(pair.case_id in case_ids for pair in pairs):
-        where = f"in {reference}" if reference else "in the store"
-        raise InputError(
-            f"no reference {where} belongs to a case of {store.path}: name them <case_id>.nii.gz "
-            f"(cases: {', '.join(case_ids[:5])} ...), or give --id-map"
-        )
-    return pairs
+# ---------------------------------------------------------------- problems
 
 
-def _patient(store: Store, case_id: str) -> str:
-    """Patient of a case; the case itself if its volume cannot be read (its scoring then fails and says why)."""
-    try:
-        with store.open(case_id, "volume") as volume:
-            return str(volume.provenance["patient_id"])
-    except StoreError:
-        return case_id
+def _problems(outcomes: Sequence[CaseOutcome]) -> list[dict[str, str]]:
+    """Everything that is wrong, one entry for each case and method (empty: the reference, or both sides)."""
+    return [
+        {"case": outcome.case_id, "method": method, "problem": text}
+        for outcome in outcomes
+        for method, text in _value(outcome).problems.items()
+    ]
 
 
-def _folder_pairs(predictions: Path, reference: Path) -> list[_Pair]:
-    predicted, references = _label_maps(predictions), _label_maps(reference)
-    if not set(predicted) & set(references):
-        raise InputError(f"no file of {predictions} is named like one of {reference}")
-    pairs = [_Pair(stem, stem, path, predicted.get(stem)) for stem, path in references.items()]
-    return pairs + [_Pair(stem, stem, None, path) for stem, path in predicted.items() if stem not in references]
+def _problem_notes(problems: Sequence[Mapping[str, str]]) -> list[str]:
+    """Sentences for the header of the tables; missing sides have sentences of their own there."""
+    untold = [p for p in problems if not p["problem"].startswith(("there is a reference", "there is a prediction"))]
+    notes = []
+    for problem in untold[:MAX_PROBLEMS]:
+        text = re.split(r"(?<=[.)])\s", problem["problem"], maxsplit=1)[0].rstrip(".")
+        text = text if len(text) <= MAX_PROBLEM_TEXT else text[:MAX_PROBLEM_TEXT].rsplit(" ", 1)[0] + " ..."
+        who = f"case {problem['case']}" + (f", {problem['method']}" if problem["method"] else "")
+        notes.append(f"Not scored: {who}: {text}.")
+    if len(untold) > MAX_PROBLEMS:
+        notes.append(f"Not scored: {len(untold) - MAX_PROBLEMS} more, see summary.json.")
+    return notes
 
 
-def _score_one(pair: _Pair, store: Store | None, config: EvaluateConfig) -> CaseReturn:
-    """Scores of one case; a missing side is reported as failed (exit code 8), never dropped."""
-    view = VIEWS[config.view]
-    expected = _reference(pair, store)
-    if expected is None:
-        raise InputError("there is a prediction but no reference: not scored")
-    spacing = expected.geometry.spacing_mm
-    ids = {"case_id": pair.case_id, "patient_id": pair.patient_id}
-    found = _prediction(pair, store, config, expected)
-    if found is None:
-        missed = missing_prediction_scores(expected.array, spacing_mm=spacing, view=view, lung_mask=None, **ids)
-        return FAILED, "there is a reference but no prediction: scored as missed", missed
-    labels, lungs = found
-    return DONE, "", score_case(labels, expected.array, spacing_mm=spacing, view=view, lung_mask=lungs, **ids)
+# ---------------------------------------------------------------- oracle naming
 
 
-def _reference(pair: _Pair, store: Store | None) -> Volume | None:
-    if pair.reference is not None:
-        return read_image(pair.reference, integer=True)
-    if store is None or not store.case_file(pair.case_id, "reference").exists():
-        return None
-    with store.open(pair.case_id, "reference") as artefact:
-        return Volume(artefact.read("labels"), Geometry.from_dict(artefact.provenance["grid"]))
+def _oracle(
+    plan: ScoringPlan,
+    scoring: Scoring,
+    outcomes: Sequence[CaseOutcome],
+    scores: Scores,
+    execution: Execution,
+) -> tuple[Scores, dict[str, OracleNaming], list[str]]:
+    """Rows under the best naming that the reference allows, by method; the namings; what went wrong.
+
+    The naming needs all cases, so cases whose method gets other names are read and scored a second time.
+    """
+    if not scoring.oracle:
+        return {}, {}, []
+    namings = {}
+    for method in plan.methods:
+        confusions = [c for outcome in outcomes for c in _value(outcome).confusions.get(method.name, ())]
+        if confusions:
+            namings[method.name] = oracle_naming(confusions, plan.view)
+    renamed = {name: naming for name, naming in namings.items() if not naming.is_own_naming}
+    notes = [f"Oracle naming of {name}: its own naming cannot be improved." for name in namings if name not in renamed]
+    counted = {o.case_id for o in outcomes if not renamed.keys().isdisjoint(_value(o).confusions)}
+    pairs = [pair for pair in plan.pairs if pair.case_id in counted]
+    again = run_cases(
+        oracle_scores, pairs, scoring, renamed,
+        names=[pair.case_id for pair in pairs], title="evaluate, oracle naming", execution=execution,
+        isolate=_has_dicom(plan),
+    )  # fmt: skip
+    failed = [outcome for outcome in again if outcome.status != DONE]
+    if failed:
+        notes.append(f"No oracle naming of {', '.join(renamed)}: {failed[0].case_id}: {failed[0].message}")
+        return {}, namings, notes
+    found: Scores = {}
+    for name in renamed:
+        unchanged = [row for row in scores[name] if row.status in (MISSING_PREDICTION, MISSING_REFERENCE)]
+        found[name] = [*(row for outcome in again for row in _value(outcome).scores.get(name, ())), *unchanged]
+    return found, namings, notes
 
 
-def _prediction(
-    pair: _Pair, store: Store | None, config: EvaluateConfig, expected: Volume
-) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """Predicted labels and, from a store, the lungs, on the reference's grid."""
-    if store is None:
-        if pair.prediction is None:
-            return None
-        predicted = read_image(pair.prediction, integer=True)
-        if not predicted.geometry.is_close(expected.geometry) and not config.resample:
-            raise InputError(
-                f"prediction and reference lie on different grids: {predicted.geometry} and {expected.geometry}; "
-                "use --resample to bring the prediction onto the reference's grid"
-            )
-        grid = predicted.geometry
-        return resample_onto(predicted.array, grid, expected.geometry, kind="mask", fill=OUTSIDE), None
-    if not store.case_file(pair.case_id, "labels", config.name).exists():
-        return None
-    with store.open(pair.case_id, "volume") as volume, store.open(pair.case_id, "labels", config.name) as artefact:
-        artefact.require_input("volume.h5", volume.fingerprint)
-        labels, lungs, _ = source_labels(volume, artefact.read("labels"))
-        grid = Geometry.from_dict(volume.provenance["source"]["grid"])
-        if lungs is None:
-            lungs = labels
-    moved = resample_onto(labels, grid, expected.geometry, kind="mask", fill=OUTSIDE)
-    return moved, resample_onto(lungs, grid, expected.geometry, kind="mask", fill=OUTSIDE) > 0
+def _naming_dict(naming: OracleNaming) -> dict[str, Any]:
+    """Plain JSON types of an oracle naming."""
+    return {
+        "classes": {class_name(old): class_name(new) for old, new in sorted(naming.classes.items())},
+        "is_own_naming": naming.is_own_naming,
+        "mean_dice": None if math.isnan(naming.mean_dice) else naming.mean_dice,
+    }
+
+
+# ---------------------------------------------------------------- record
+
+
+def _public_config(config: EvaluateConfig) -> dict[str, Any]:
+    """The settings, without names of files: those may hold patients'."""
+    public = to_dict(config)
+    public["label_map"] = [_public_name(text) for text in config.label_map]
+    public["reference_label_map"] = _public_name(config.reference_label_map)
+    return public
+
+
+def _public_name(text: str) -> str:
+    return text if not text or text in LABEL_CONVENTIONS else "own file"
+
+
+def _label_maps(plan: ScoringPlan) -> dict[str, Any]:
+    """What the ids of each side mean."""
+
+    def described(mapping: LabelMap | None) -> dict[str, Any]:
+        return (mapping or DEFAULT_MAP).to_dict()
+
+    return {
+        "reference": described(plan.reference_map),
+        "predictions": {method.name: described(method.mapping) for method in plan.methods},
+    }

@@ -157,7 +157,7 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
         make(TrainConfig, "train-ddpm", seed=config.seed),
         clustering,
         make(RefineConfig, "refine", name=clustering.name),
-        make(EvaluateConfig, "evaluate", name=clustering.name, seed=config.seed),
+        make(EvaluateConfig, "evaluate", names=(clustering.name,), seed=config.seed),
     )
 
 

@@ -1,215 +1,218 @@
-"""Means, intervals by patient, and what every table must carry."""
+"""What every table must carry, in every form it is written in."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
-import random
+import re
+from dataclasses import replace
 
-import numpy as np
 import pytest
+from score_fixture import SCORES, cohort, missed, scored
 
-from lungseg.evaluation.overlap import ClassScore
+from lungseg.evaluation.comparison import compare_methods
+from lungseg.evaluation.comparison_tables import (
+    comparison_csv,
+    comparison_latex,
+    comparison_markdown,
+    comparison_notes,
+    comparison_rich_table,
+)
+from lungseg.evaluation.scores import ScoreSettings
+from lungseg.evaluation.summary import summarise, summarise_methods
 from lungseg.evaluation.tables import (
     COLUMNS,
-    HD95_DEFINITION,
-    bootstrap_ci,
     cases_csv,
-    cases_rows,
-    csv_text,
+    latex_table,
     markdown_table,
+    results_dict,
     rich_table,
-    summarise,
     summary_dict,
 )
 
-NAN = float("nan")
+HOSTILE = "a|b <script> & 50% [bold]x_1 \\end{table}"
+"""A method name that Markdown, HTML, LaTeX or rich would read as their own."""
 
 
-def scored(case: str, patient: str, value: float, *, tissue: str = "ggo", hd95: float = 2.0) -> ClassScore:
-    return ClassScore(
-        case, patient, tissue, "scored", value, value / (2 - value), value, value, 10.0, 9.0, -1.0, hd95, hd95
-    )
-
-
-def missed(case: str, patient: str, *, tissue: str = "ggo", status: str = "missed") -> ClassScore:
-    return ClassScore(case, patient, tissue, status, 0.0, 0.0, NAN, 0.0, 10.0, 0.0, -10.0, NAN, 300.0)
-
-
-def uncounted(case: str, patient: str, *, tissue: str = "ggo", false_ml: float = 0.0) -> ClassScore:
-    status = "false tissue" if false_ml else "absent"
-    return ClassScore(case, patient, tissue, status, NAN, NAN, NAN, NAN, 0.0, false_ml, false_ml, NAN, NAN)
-
-
-SCORES = [
-    scored("a", "p1", 0.8, hd95=2.0),
-    scored("b", "p1", 0.6, hd95=6.0),
-    missed("c", "p2"),
-    uncounted("d", "p3", false_ml=4.5),
-    uncounted("e", "p4"),
-    scored("a", "p1", 0.9, tissue="healthy", hd95=1.0),
-    missed("f", "p5", tissue="healthy", status="missing prediction"),
-]
-
-
-def test_means_and_counts_by_hand():
-    summary = summarise(SCORES, num_bootstrap=200)
-    ggo = next(row for row in summary.classes if row.tissue == "ggo")
-    assert (ggo.num_pairs, ggo.num_cases, ggo.num_patients) == (3, 3, 2)
-    assert ggo.dice_mean == pytest.approx(1.4 / 3)
-    assert ggo.dice_median == pytest.approx(0.6)
-    assert ggo.num_detected == 2
-    assert ggo.hd95_mean_mm == ggo.hd95_median_mm == pytest.approx(4.0)
-    assert ggo.penalised_hd95_mean_mm == pytest.approx(308.0 / 3)
-    assert (ggo.num_missed, ggo.num_false_tissue, ggo.num_absent) == (1, 1, 1)
-    assert ggo.false_tissue_ml == pytest.approx(4.5)
-    overall = summary.overall
-    assert (overall.tissue, overall.num_pairs, overall.num_cases, overall.num_patients) == ("all", 5, 4, 3)
-    assert overall.dice_mean == pytest.approx(2.3 / 5)
-    assert overall.num_missed == 2
-    assert (summary.num_cases, summary.num_patients) == (6, 5)
-    assert dict(summary.status_counts) == {
-        "scored": 3,
-        "missed": 1,
-        "false tissue": 1,
-        "absent": 1,
-        "missing prediction": 1,
-    }
-    assert summary.missing_predictions == ("f",)
-    assert [row.tissue for row in summary.classes] == ["ggo", "healthy"]
-
-
-def test_the_order_of_the_cases_does_not_matter():
-    # The classes keep the order of their first appearance, so shuffle cases within each class.
-    rng = random.Random(4)
-    many = [scored(f"c{i}", f"p{i % 7}", rng.random(), hd95=10 * rng.random()) for i in range(40)]
-    shuffled = rng.sample(many, len(many))
-    assert summarise(many, num_bootstrap=300) == summarise(shuffled, num_bootstrap=300)
-
-
-def test_the_bootstrap_is_set_by_the_seed():
-    rng = random.Random(1)
-    many = [scored(f"c{i}", f"p{i}", rng.random()) for i in range(30)]
-    first, again, other = (summarise(many, num_bootstrap=300, seed=seed) for seed in (5, 5, 6))
-    assert first == again
-    assert first.overall.dice_ci_low != other.overall.dice_ci_low
-    assert first.overall.dice_ci_low < first.overall.dice_mean < first.overall.dice_ci_high
-
-
-def test_a_class_keeps_its_interval_when_another_class_joins():
-    ggo = [scored(f"c{i}", f"p{i}", i / 10) for i in range(10)]
-    more = [*ggo, *(scored(f"c{i}", f"p{i}", 0.5, tissue="healthy") for i in range(10))]
-    assert summarise(ggo, num_bootstrap=200).classes[0] == summarise(more, num_bootstrap=200).classes[0]
-
-
-def test_patients_are_the_unit_of_the_bootstrap():
-    """100 equal cases of one patient carry no more certainty about patients than one case does."""
-    values, patients = [0.9] * 100 + [0.1], ["p1"] * 100 + ["p2"]
-    low, high = bootstrap_ci(values, patients, num_bootstrap=2000, rng=np.random.default_rng(0))
-    # Both patients: (90 + 0.1)/101; one of them twice (a quarter each): 0.9 or 0.1.
-    assert (low, high) == pytest.approx((0.1, 0.9))
-    as_cases = bootstrap_ci(values, [str(i) for i in range(101)], num_bootstrap=2000, rng=np.random.default_rng(0))
-    assert as_cases[0] > 0.8
-
-
-def test_repeating_every_patients_cases_leaves_the_interval():
-    rng = np.random.default_rng(9)
-    values, patients = rng.random(20), [f"p{i}" for i in range(20)]
-    once = bootstrap_ci(values, patients, num_bootstrap=500, rng=np.random.default_rng(1))
-    thrice = bootstrap_ci(np.repeat(values, 3), np.repeat(patients, 3), num_bootstrap=500, rng=np.random.default_rng(1))
-    assert thrice == pytest.approx(once, abs=1e-12)
-
-
-def test_coverage_of_the_interval():
-    """Clustered data with a known mean: about 95 % of the intervals hold it (the percentile bootstrap a bit less)."""
-    rng = np.random.default_rng(12)
-    inside = 0
-    for _ in range(200):
-        effect = rng.normal(0.6, 0.1, size=30)
-        values = (effect[:, None] + rng.normal(0, 0.02, size=(30, 4))).ravel()
-        low, high = bootstrap_ci(values, np.repeat(np.arange(30), 4).astype(str), num_bootstrap=400, rng=rng)
-        inside += low <= 0.6 <= high
-    assert 0.88 <= inside / 200 <= 0.99
-
-
-@pytest.mark.parametrize("scores", [[scored("a", "p1", 0.5), scored("b", "p1", 0.7)], [missed("a", "p1")]])
-def test_one_patient_has_no_interval(scores):
-    overall = summarise(scores).overall
-    assert math.isnan(overall.dice_ci_low)
-    assert math.isnan(overall.dice_ci_high)
-
-
-def test_nothing_to_average_is_nan_not_zero():
-    only_false = summarise([uncounted("a", "p1", false_ml=2.0)]).classes[0]
-    assert math.isnan(only_false.dice_mean)
-    assert only_false.num_pairs == 0
-    assert only_false.false_tissue_ml == 2.0
-    all_missed = summarise([missed("a", "p1"), missed("b", "p2")]).overall
-    assert all_missed.dice_mean == 0.0
-    assert math.isnan(all_missed.hd95_mean_mm)
-    assert all_missed.penalised_hd95_mean_mm == 300.0
-    empty = summarise([])
-    assert empty.classes == ()
-    assert math.isnan(empty.overall.dice_mean)
-
-
-def rendered(summary) -> str:
-    console = pytest.importorskip("rich.console").Console(width=200, record=True, file=io.StringIO())
-    console.print(rich_table(summary))
+def rendered(table, width: int = 100) -> str:
+    console = pytest.importorskip("rich.console").Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
     return console.export_text()
 
 
-def test_every_table_says_what_was_counted_and_which_hd95_it_is():
-    summary = summarise(SCORES, num_bootstrap=100)
-    for text in (markdown_table(summary), rendered(summary)):
-        flat = " ".join(text.split())
+def flat(text: str) -> str:
+    return " ".join(text.replace("\\par", " ").replace("\\", "").split())
+
+
+@pytest.mark.parametrize("hd95", ["border", "surface", "medpy"])
+def test_row_72_every_table_says_what_was_counted_and_which_hd95_it_is(hd95):
+    settings = ScoreSettings(hd95=hd95, tolerance_mm=1.5)
+    summary = summarise(SCORES, settings=settings, num_bootstrap=100)
+    for text in (markdown_table(summary), rendered(rich_table(summary)), latex_table(summary)):
         for phrase in (
-            HD95_DEFINITION,
+            *settings.definitions,
             "6 cases of 5 patients",
-            "missed 1",
-            "false tissue 1",
-            "missing prediction 1",
+            "scored 3, missed 1, false tissue 1, absent 1, missing prediction 1, missing reference 1",
+            "false tissue in all 4.5 mL",
             "Without a prediction, scored as missed: f.",
-            "bootstrap of the mean by patient, 100 samples, seed 0",
+            "Without a reference, not scored: g.",
+            "100 samples, seed 0",
+            "Fewer than 15 patients in every class: intervals there are too short",
             "at least 1 mL",
+            "over all pairs, missed and false tissue included",
+            "within 1.5 mm",
         ):
-            assert phrase in flat
-        assert "0.467" in flat
-        assert "nan" not in flat
+            assert phrase in flat(text)
+        assert "0.467" in text
+        assert not re.search(r"\bnan\b", text)
+
+
+def test_many_patients_need_no_warning_and_slices_are_named():
+    many = [scored(f"c{i}", f"p{i}", 0.5 + i / 100, slice_index=i) for i in range(15)]
+    text = markdown_table(summarise(many, settings=ScoreSettings(mode="slices"), num_bootstrap=50))
+    assert "Fewer than" not in text
+    assert "15 annotated slices. Class-slice pairs" in text
+    assert "Per annotated axial slice" in text
+    terminal = rendered(rich_table(summarise(many, settings=ScoreSettings(mode="slices"), num_bootstrap=50)))
+    assert "pooled DSC against the reference" in flat(terminal)
+    rare = [*many, *(scored(f"c{i}", f"p{i}", 0.5, tissue="fibrosis") for i in range(3))]
+    assert "Fewer than 15 patients in fibrosis:" in markdown_table(summarise(rare, num_bootstrap=50))
+
+
+def test_notes_of_the_stage_stand_with_every_table_once():
+    first, second = summarise_methods({"a": SCORES, "b": SCORES}, num_bootstrap=10)
+    first = replace(first, notes=("Not scored: case x: its grid is another.",))
+    for text in (markdown_table(first, second), latex_table(first, second), rendered(rich_table(first, second))):
+        assert flat(text).count("Not scored: case x: its grid is another.") == 1
 
 
 def test_markdown_has_one_line_a_class_and_equal_columns():
-    lines = markdown_table(summarise(SCORES, num_bootstrap=10)).splitlines()
-    table = [line for line in lines if line.startswith("|")]
+    table = [x for x in markdown_table(summarise(SCORES, num_bootstrap=10)).splitlines() if x.startswith("|")]
     assert len(table) == 2 + 2 + 1
     assert {line.count("|") for line in table} == {len(COLUMNS) + 1}
     assert table[-1].startswith("| all |")
 
 
-def test_rows_csv_and_json_are_safe():
-    rows = cases_rows(SCORES)
-    assert rows[2]["hd95_mm"] is None
-    assert rows[2]["dice"] == 0.0
-    assert rows[3]["status"] == "false tissue"
-    text = cases_csv(SCORES)
+def test_several_methods_stand_side_by_side_with_their_oracle():
+    summaries = summarise_methods({"ours": SCORES, "theirs": SCORES[:4]}, {"ours": cohort(1)}, num_bootstrap=20)
+    for text in (markdown_table(*summaries), latex_table(*summaries), rendered(rich_table(*summaries))):
+        assert "ours" in text
+        assert "theirs" in text
+        assert "ours, oracle naming" in flat(text)
+        assert "uses the reference" in flat(text)
+        assert "theirs: 4 cases of 3 patients" in flat(text)
+    table = [x for x in markdown_table(*summaries).splitlines() if x.startswith("|")]
+    assert len(table) == 2 + 3 + 3 + 2
+    assert table[0].startswith("| method | class |")
+
+
+def test_the_terminal_table_fits_100_columns_without_cutting_anything():
+    long = "a-method-with-quite-a-long-name-v2"
+    summaries = summarise_methods({long: [*cohort(1), missed("z", "p9", tissue="consolidation")]}, num_bootstrap=50)
+    comparison = compare_methods({long: cohort(1), "other": cohort(2)}, num_bootstrap=50)
+    for table in (rich_table(*summaries), comparison_rich_table(comparison)):
+        lines = rendered(table, width=100).splitlines()
+        assert max(map(len, lines)) <= 100
+        assert not [line for line in lines if "…" in line]
+    assert "consolidation" in rendered(rich_table(*summaries))
+
+
+def test_names_are_never_read_as_markup():
+    summaries = summarise_methods({HOSTILE: SCORES}, num_bootstrap=10)
+    assert "[bold]" in rendered(rich_table(*summaries), width=150)
+    markdown = markdown_table(*summaries)
+    assert "<script>" not in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("| a")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(COLUMNS) + 2}
+    assert latex_table(*summaries).count("\\end{table}") == 1
+
+
+def latex_problems(text: str) -> list[str]:
+    """What would stop LaTeX: open groups and environments, lone specials, rows of unequal length."""
+    problems, depth, environments = [], 0, []
+    body = re.sub(r"(?m)^%.*$|%$", "", text)
+    for token in re.findall(r"\\begin\{[^}]*\}|\\end\{[^}]*\}|\\[a-zA-Z]+|\\.|[{}]|[#$_^~&]", body):
+        if token.startswith("\\begin"):
+            environments.append(token[6:])
+        elif token.startswith("\\end{"):
+            if not environments or environments.pop() != token[4:]:
+                problems.append(f"unbalanced {token}")
+        elif token in "{}":
+            depth += 1 if token == "{" else -1
+        elif token in "#$_^~" or (token == "&" and "{tabular}" not in environments):
+            problems.append(f"bare {token}")
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    columns = {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows}
+    spec = re.search(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}", text)
+    if columns != {len(spec.group(1))}:
+        problems.append(f"rows of {columns} columns under {spec.group(1)}")
+    if depth or environments:
+        problems.append(f"open: {depth} {environments}")
+    unknown = {c for c in text if ord(c) > 255}
+    return problems + ([f"no plain LaTeX: {unknown}"] if unknown else [])
+
+
+def test_latex_would_compile():
+    summaries = summarise_methods({HOSTILE: SCORES, "b": cohort(2)}, {"b": cohort(3)}, num_bootstrap=20)
+    comparison = compare_methods({HOSTILE: cohort(1), "b": cohort(2)}, num_bootstrap=20)
+    for text in (latex_table(*summaries), comparison_latex(comparison), latex_table(summarise([]))):
+        assert latex_problems(text) == []
+        assert text.index("\\toprule") < text.index("\\midrule") < text.index("\\bottomrule")
+    assert latex_problems(latex_table(*summaries).replace("\\bottomrule", "a & b_c {")) != []
+
+
+def test_comparison_tables_say_how_and_what_was_left_out():
+    few = compare_methods({"a": cohort(1, num_cases=12), "b": cohort(2, num_cases=15)}, num_bootstrap=50)
+    text = comparison_markdown(few)
+    for phrase in (
+        "Wilcoxon signed-rank",
+        "zero differences dropped",
+        "rank-biserial",
+        "Holm",
+        "Too few patients in healthy, ggo, all: there p cannot fall below 0.05",
+        "scored for b but not for a: 6 pairs of c12, c13, c14.",
+    ):
+        assert phrase in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3 * 3
+    enough = compare_methods({"a": cohort(1), "b": cohort(2)}, num_bootstrap=50)
+    assert not [note for note in comparison_notes(enough) if "Too few" in note or "cannot reach" in note]
+    six = compare_methods({"a": cohort(1, num_cases=18), "b": cohort(2, num_cases=18)}, num_bootstrap=50)
+    assert [note for note in comparison_notes(six) if "cannot reach 0.05 after Holm" in note]
+    parsed = list(csv.DictReader(io.StringIO(comparison_csv(enough))))
+    assert len(parsed) == 3 * 48
+    first = parsed[0]
+    assert float(first["value_a"]) - float(first["value_b"]) == pytest.approx(float(first["difference"]), abs=2e-6)
+
+
+def test_cases_csv_has_the_method_first_and_blanks_for_what_is_unknown():
+    text = cases_csv({"ours": SCORES, "theirs": SCORES[:1]})
     parsed = list(csv.DictReader(io.StringIO(text)))
-    assert text == cases_csv(SCORES)
+    assert next(iter(parsed[0])) == "method"
+    assert [line["method"] for line in parsed] == ["ours"] * 8 + ["theirs"]
     assert parsed[0]["dice"] == "0.800000"
-    assert parsed[2]["hd95_mm"] == ""
-    assert list(parsed[0]) == list(rows[0])
+    assert (parsed[2]["dice"], parsed[2]["hd95_mm"]) == ("0.000000", "")
+    assert (parsed[7]["status"], parsed[7]["reference_ml"]) == ("missing reference", "")
+    assert "nan" not in text
     assert "\r" not in text
-    data = summary_dict(summarise(SCORES, num_bootstrap=10))
-    back = json.loads(json.dumps(data, allow_nan=False))
-    assert back == data
-    assert back["status_counts"]["missed"] == 1
-    assert back["classes"][1]["dice_ci_low"] is not None
+
+
+def test_json_is_safe_and_keeps_the_first_method_on_top():
+    scores = {"ours": cohort(1), "theirs": cohort(2)}
+    summaries = summarise_methods(scores, {"ours": cohort(3)}, num_bootstrap=20)
+    data = results_dict(summaries, compare_methods(scores, num_bootstrap=20))
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert data["overall"] == data["methods"][0]["overall"]
+    assert [(m["method"], m["is_oracle"]) for m in data["methods"]] == [
+        ("ours", False),
+        ("ours", True),
+        ("theirs", False),
+    ]
+    for key in ("dice_mean", "dice_ci_low", "hd95_mean_mm", "hd95_ci_high_mm", "penalised_hd95_mean_mm", "num_hd95"):
+        assert isinstance(data["overall"][key], (int, float)), key
+    assert data["status_counts"]["scored"] == 48
+    assert data["definitions"] == list(ScoreSettings().definitions)
+    assert data["comparison"]["rows"][0]["p_holm"] is not None
+    assert "comparison" not in results_dict(summaries[:1])
     assert summary_dict(summarise([missed("a", "p1")]))["overall"]["hd95_mean_mm"] is None
-    assert back["hd95_definition"] == HD95_DEFINITION
-
-
-def test_csv_quotes_and_refuses_foreign_columns():
-    assert csv_text(["a", "b"], [{"a": "x,y", "b": 1}]) == 'a,b\n"x,y",1\n'
-    with pytest.raises(ValueError, match="c"):
-        csv_text(["a"], [{"c": 1}])

@@ -117,7 +117,7 @@ def test_conventions_are_those_of_their_programs() -> None:
         assert convention.source
         assert not convention.others & set(convention.sides)
     assert LUNG_MASK_CONVENTIONS["totalsegmentator"].strangers([0, 14, 117, 118]) == [118]
-    assert LUNG_MASK_CONVENTIONS["cip"].strangers([69, 68, 92 * 256 + 2]) == [69, 92 * 256 + 2]
+    assert LUNG_MASK_CONVENTIONS["cip"].strangers([79, 78, 92 * 256 + 2]) == [79, 92 * 256 + 2]
     assert LUNG_MASK_CONVENTIONS["binary"].strangers([0, 7]) == []
 
 

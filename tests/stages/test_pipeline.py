@@ -54,7 +54,9 @@ def test_every_stage_leaves_its_artefact(finished: Path) -> None:
     assert {path.name for path in (finished / "results").iterdir()} == {
         *(f"{c}.nii.gz" for c in CASES), *(f"{c}.png" for c in CASES), "quantification.csv",
     }  # fmt: skip
-    assert {path.name for path in (finished / "scores").iterdir()} == {"cases.csv", "summary.json", "table.md"}
+    assert {path.name for path in (finished / "scores").iterdir()} == {
+        "cases.csv", "summary.json", "table.md", "table.tex", "boxplot.png", "worst.html",
+    }  # fmt: skip
     assert not store.leftovers()
     assert not list(finished.rglob("*.lock"))
     assert all(not finding.problem for finding in verify_store(store))
