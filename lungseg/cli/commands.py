@@ -121,7 +121,15 @@ COMMANDS: tuple[Command, ...] = (
         "refine",
         "lungseg.stages.refine:refine",
         "Posteriors to contours: label maps, and on request files, numbers and pictures for each scan.",
-        (_STORE, PathOption("export", "Write NIfTI on the scan's grid, CSV and PNG here.", ("--export",))),
+        (
+            _STORE,
+            PathOption("export", "Write NIfTI on the scan's grid, numbers and PNG here.", ("--export",)),
+            PathOption(
+                "lobe_mask", "Lobe mask of the case, or folder of <case_id>.nii.gz: numbers per lobe.", ("--lobe-mask",)
+            ),
+            PathOption("dicom_seg", "Write <case_id>.seg.dcm too; needs --source.", ("--dicom-seg",), switch=True),
+            PathOption("source", "Folder with the DICOM series of the cases, for --dicom-seg.", ("--source",)),
+        ),
         RefineConfig,
         ("lungseg refine cohort --export results", "lungseg refine cohort --fusion none --name diffseglung"),
         ("jobs", "shard", "overwrite", "dry_run", *_SAYING),

@@ -24,3 +24,12 @@ class RefineConfig:
     lower_bounds: bool = option(
         False, "Of a lung cut by the field of view, export volumes as lower bounds in place of blanks."
     )
+    inspiration: str = option(
+        "",
+        "Breath of these scans, if the manifest does not say; decides which densities are exported.",
+        choices=("", "inspiration", "expiration"),
+    )
+    lobe_mask_labels: str = option(
+        "auto", "Whose labels the lobe masks have.", choices=("auto", "lungmask", "totalsegmentator", "cip")
+    )
+    resample_masks: bool = option(False, "Move a lobe mask onto the grid of its scan (nearest voxel), else refuse it.")

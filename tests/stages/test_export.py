@@ -1,0 +1,80 @@
+"""Files beside label maps that `refine --export` writes: DICOM-SEG of the series that the cases were made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from typer.testing import CliRunner
+
+from lungseg.cli.app import app
+from lungseg.scan.nifti import read_image
+from lungseg.scan.orientation import LPS_TO_SPL
+from lungseg.store.cases import Store
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_dicom_seg_of_each_case_holds_the_voxels_of_its_label_map(
+    finished: Path, manifest: Path, tmp_path: Path
+) -> None:
+    highdicom = pytest.importorskip("highdicom", reason="extra 'dicomseg' is not installed")
+    out = tmp_path / "out"
+    call("refine", finished / "store", "--export", out, "--dicom-seg", "--source", manifest.parent)
+    for case_id in Store(finished / "store").case_ids():
+        labels = read_image(out / f"{case_id}.nii.gz", integer=True)
+        segmentation = highdicom.seg.segread(out / f"{case_id}.seg.dcm")
+        volume = segmentation.get_volume(combine_segments=True)
+        voxels = np.argwhere(np.asarray(volume.array) > 0)
+        world_lps = voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+        index = np.rint(labels.geometry.to_index(world_lps @ LPS_TO_SPL.T)).astype(int)
+        assert np.array_equal(np.unique(index, axis=0), np.argwhere(labels.array > 0))
+    files = {path.name for path in out.iterdir()}
+    assert not [name for name in files if name.endswith(".partial")]
+
+
+def test_a_case_without_usable_uids_keeps_its_other_files(finished: Path, manifest: Path, tmp_path: Path) -> None:
+    pytest.importorskip("highdicom", reason="extra 'dicomseg' is not installed")
+    first, second = Store(finished / "store").case_ids()
+    source = tmp_path / "Zebrafink"
+    for path in sorted((manifest.parent / first).rglob("*.dcm")):
+        dataset = pydicom.dcmread(path)
+        dataset.SOPInstanceUID = "1.2"  # of equal size, so that the series is known again
+        (source / path.name).parent.mkdir(parents=True, exist_ok=True)
+        dataset.SOPInstanceUID = "1" * len(pydicom.dcmread(path).SOPInstanceUID)
+        dataset.save_as(source / path.name)
+    text = call(
+        "refine", finished / "store", "--export", tmp_path / "o", "--dicom-seg", "--source", source, "-q", code=3
+    )
+    assert "no DICOM-SEG" in text
+    assert "is not a valid DICOM UID" in text
+    assert "no series below --source is the scan" in text
+    assert "as NIfTI" in text
+    assert "Zebrafink" not in text
+    for case_id in (first, second):
+        assert (tmp_path / "o" / f"{case_id}.nii.gz").is_file()
+        assert not (tmp_path / "o" / f"{case_id}.seg.dcm").exists()
+    table = (tmp_path / "o" / "quantification.csv").read_text(encoding="utf-8")
+    assert f"\n{first}," in table
+
+
+def test_dicom_seg_needs_its_source(finished: Path, tmp_path: Path) -> None:
+    assert "go together" in call("refine", finished / "store", "--export", tmp_path / "o", "--dicom-seg", code=2)
+    assert "--export" in call("refine", finished / "store", "--dicom-seg", "--source", tmp_path, code=2)
+
+
+def test_without_highdicom_it_stops_before_any_work(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    text = call("refine", finished / "store", "--export", tmp_path / "o", "--dicom-seg", "--source", tmp_path, code=5)
+    assert "pip install 'lungseg[dicomseg]'" in text
+    assert not (tmp_path / "o").exists()
