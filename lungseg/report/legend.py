@@ -29,7 +29,7 @@ LEGEND_STEP_INCH = 0.3
 BACKGROUND, FOREGROUND, FAINT, GUIDE = "#101214", "#f2f2f2", "#9aa0a6", "#ff9d2e"
 FONT = "DejaVu Sans"
 """Ships with matplotlib, so that pictures do not depend on the fonts of the machine."""
-HISTOGRAM_RANGE_HU = (-1024.0, 100.0)
+HISTOGRAM_RANGE_HU = (-1100.0, 100.0)
 HISTOGRAM_BIN_HU = 8.0
 THRESHOLDS_HU = (LAA950_HU, LAA_HU["laa910"], *HAA_BAND_HU)
 """Lines in the histogram: emphysema, and the band of interstitial disease."""
@@ -92,9 +92,9 @@ def draw_histogram(axes: Axes, histogram: Histogram) -> None:
     for number, threshold in enumerate(THRESHOLDS_HU):
         axes.axvline(threshold, color=GUIDE, linewidth=0.9)
         text = f"{threshold:g}".replace("-", "\u2212")
-        # neighbours are closer than their numbers are wide
-        height = top * (0.99 if number % 2 else 0.89)
-        axes.text(threshold + 8, height, text, va="top", size=7, **text_style(GUIDE))
+        # the first two are too close for both numbers on one side
+        side, place = ("right", threshold - 8) if number == 0 else ("left", threshold + 8)
+        axes.text(place, 0.99 * top, text, ha=side, va="top", size=7, **text_style(GUIDE))
     axes.set_xlim(*HISTOGRAM_RANGE_HU)
     axes.set_ylim(0, top)
     axes.set_yticks([])

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from lungseg.config.refine import RefineConfig
+from lungseg.config.report import ReportConfig
 from lungseg.errors import InputError
 from lungseg.report.quantify import REGIONS, TRUNCATED, quantify
 from lungseg.report.quantity_tables import CaseQuantities, Covariates
@@ -56,7 +57,7 @@ def on_full_grid(volume: Artefact, array: np.ndarray) -> tuple[np.ndarray, Geome
 
 def case_quantities(
     volume: Artefact,
-    config: RefineConfig,
+    config: RefineConfig | ReportConfig,
     labels: np.ndarray,
     moved: np.ndarray,
     lungs: np.ndarray | None,
@@ -121,7 +122,9 @@ def find_lobe_mask(place: Path, case_id: str) -> Path:
     raise InputError(f"no lobe mask named {case_id}.nii.gz (or another image) in the folder given with --lobe-mask")
 
 
-def read_lobes(path: Path, volume: Artefact, lungs: np.ndarray | None, config: RefineConfig) -> np.ndarray:
+def read_lobes(
+    path: Path, volume: Artefact, lungs: np.ndarray | None, config: RefineConfig | ReportConfig
+) -> np.ndarray:
     """Lobes of a file on the source grid, cropped as the store's: ids of ``tissue.LOBES``.
 
     Raises
