@@ -123,7 +123,7 @@ def test_the_worst_scan_is_told_first_and_why() -> None:
     text = " ".join(reader.text.split())
     assert re.search(r"Most abnormal scan severe 13 % of the lung is abnormal: consolidation 13 %\.", text)
     assert text.index("severe 13") < text.index("mild ") < text.index("cut No numbers: the lung is cut")
-    assert "lost: no label map yet" in text
+    assert "lost : no label map yet" in text
     assert "Training: loss" in text
     order = [a["data-value"] for n, a in reader.elements if n == "th" and a.get("scope") == "row"]
     assert order == ["severe", "mild", "cut"]
