@@ -132,6 +132,9 @@ COMMANDS: tuple[Command, ...] = (
             _LOBES,
             PathOption("dicom_seg", "Write <case_id>.seg.dcm too; needs --source.", ("--dicom-seg",), switch=True),
             PathOption("source", "Folder with the DICOM series of the cases, for --dicom-seg.", ("--source",)),
+            PathOption(
+                "posteriors", "Write the posterior of each tissue as NIfTI too.", ("--posteriors",), switch=True
+            ),
             _JSON,
         ),
         RefineConfig,

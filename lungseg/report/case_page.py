@@ -62,6 +62,7 @@ def case_page(
     parts += [
         tag("h2", "Three planes through the most abnormal place"),
         tag("div", void_tag("img", src=data_uri(preview, "png"), alt=alt, class_="preview"), class_="scroll"),
+        tag("p", tag("a", "This picture alone", href=f"../previews/{summary.case_id}.png"), class_="sub"),
         tag("h2", "How it was made"),
         definition_list(provenance),
     ]
@@ -111,7 +112,9 @@ def _viewer(summary: CaseSummary, stack: SliceStack, spacing_z_mm: float) -> Mar
         "layers": {name: [data_uri(p, "png") for p in pictures] for name, pictures in stack.layers.items()},
         "slices": captions,
     }
-    found = [name for name in TITLES if summary.value(f"{name}_ml")]
+    # a reference may hold tissue that the map does not
+    complete = "reference" in stack.layers
+    found = [name for name in TITLES if complete or summary.value(f"{name}_ml")]
     return tag(
         "section",
         tag("figure", tag("div", *images, *letters, class_="stack"), class_="view"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lungseg.scan.masks import check_labels, onto_grid
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry
 from lungseg.store.reader import Artefact
-from lungseg.tissue import LOBE_CONVENTIONS, OUTSIDE
+from lungseg.tissue import LOBE_CONVENTIONS, MIXTURE_TISSUES, OUTSIDE, tissue_by_name
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 LOBE_MASK = "the lobe mask"
@@ -43,6 +44,14 @@ def source_labels(volume: Artefact, labels: np.ndarray) -> tuple[np.ndarray, np.
         moved[bare] = moved[tuple(axis[bare] for axis in nearest)]
     moved[lungs == 0] = OUTSIDE
     return moved, lungs, volume.read("source/image")
+
+
+def posterior_by_tissue(posterior: np.ndarray, tissues: Sequence[str]) -> np.ndarray:
+    """Posterior per tissue, float32 (5, z, y, x) in the order of MIXTURE_TISSUES: the sum over components of a name."""
+    result = np.zeros((len(MIXTURE_TISSUES), *posterior.shape[1:]), dtype=np.float32)
+    for component, name in zip(posterior, tissues, strict=True):
+        result[MIXTURE_TISSUES.index(tissue_by_name(name))] += component
+    return result
 
 
 def on_full_grid(volume: Artefact, array: np.ndarray) -> tuple[np.ndarray, Geometry]:

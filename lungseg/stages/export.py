@@ -12,17 +12,28 @@ import numpy as np
 from lungseg.config.execution import Execution
 from lungseg.config.refine import RefineConfig
 from lungseg.errors import InputError
+from lungseg.report.colour_tables import itksnap_labels, slicer_colour_table
 from lungseg.report.overlays import preview_figure_png
 from lungseg.report.quantity_tables import CaseQuantities, long_csv, quantities_dict, wide_csv
 from lungseg.scan.archives import local_files
 from lungseg.scan.dicom_seg import require_highdicom, write_segmentation
+from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import Source, search
 from lungseg.scan.volume import Geometry
-from lungseg.stages.case_maps import case_quantities, find_lobe_mask, on_full_grid, read_lobes, source_labels
-from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, CaseReturn, run_cases
+from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
+from lungseg.stages.case_maps import (
+    case_quantities,
+    find_lobe_mask,
+    on_full_grid,
+    posterior_by_tissue,
+    read_lobes,
+    source_labels,
+)
+from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, CaseReturn, output_folder, run_cases
 from lungseg.store.atomic import write_bytes, write_json, write_text
 from lungseg.store.cases import Store, hashed_id
 from lungseg.store.reader import Artefact
+from lungseg.tissue import MIXTURE_TISSUES, TISSUES
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class ExportOptions:
     """Lobe mask of the one case, or a folder of masks named ``<case_id>``."""
     dicom: Mapping[str, Source] | None = None
     """Series by the hash of their identity (see :func:`dicom_series_by_identity`): a DICOM-SEG of each case."""
+    posteriors: bool = False
+    """Posterior of each tissue too."""
 
 
 def dicom_series_by_identity(place: Path, store: Store) -> dict[str, Source]:
@@ -74,6 +87,8 @@ def export_cases(
     quantities = {outcome.case_id: outcome.value for outcome in exported if outcome.value is not None}
     number = execution.shard.partition("/")[0]
     write_tables(folder, quantities, suffix=f"-{number}" if number else "")
+    write_text(folder / "tissues.ctbl", slicer_colour_table())
+    write_text(folder / "tissues-itksnap.txt", itksnap_labels())
     return exported
 
 
@@ -107,11 +122,38 @@ def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path, 
             title=case_id,
         )
         write_bytes(folder / f"{case_id}.png", picture)
+        if options.posteriors:
+            _write_posteriors(case_id, store, config, folder, volume)
         numbers = case_quantities(volume, config, labels, moved, lungs, image, lobes=lobes)
         if options.dicom is not None and (refusal := _write_dicom_seg(volume, whole, full, folder, options.dicom)):
             offer = f"no DICOM-SEG: {refusal}. Its label map is there as NIfTI ({case_id}.nii.gz)"
             return FAILED, offer, numbers
         return DONE, "", numbers
+
+
+def _write_posteriors(case_id: str, store: Store, config: RefineConfig, folder: Path, volume: Artefact) -> None:
+    """Percent of each tissue as ``posteriors/<case_id>-<tissue>.nii.gz``: they are no label maps."""
+    from lungseg.scan.nifti import write_image
+
+    facts = volume.provenance
+    mask = volume.read("mask") > 0
+    with store.open(case_id, "clusters", config.name) as clusters:
+        clusters.require_input("volume.h5", volume.fingerprint)
+        token_size = int(clusters.provenance["token_size"])
+        posterior = posterior_by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
+        coverage = clusters.read("coverage") > 0
+    percent = np.zeros((len(posterior), *mask.shape), dtype=np.uint8)
+    if mask.any() and coverage.any():
+        posterior, region = fill_uncovered(posterior, coverage), bounding_region(mask)
+        view, inside = percent[(slice(None), *region)], mask[region]
+        for part, values in upsample_slabs(posterior, mask.shape, token_size, region=region):
+            view[:, part] = np.round(100 * np.clip(values, 0, 1)) * inside[part]
+    grid, source = Geometry.from_dict(facts["grid"]), Geometry.from_dict(facts["source"]["grid"])
+    stored = {key: facts["source"][key] for key in ("stored_axes", "stored_flips")}
+    place = output_folder(folder / "posteriors")
+    for tissue, own in zip(MIXTURE_TISSUES, percent, strict=True):
+        whole, full = on_full_grid(volume, resample_onto(own, grid, source, kind="mask", fill=0))
+        write_image(place / f"{case_id}-{TISSUES[tissue].name}.nii.gz", whole, full, **stored)
 
 
 def _write_dicom_seg(

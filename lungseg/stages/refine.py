@@ -19,14 +19,14 @@ from lungseg.segmentation.compatibility import check_hu_compatibility
 from lungseg.segmentation.density import smooth_hu
 from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
 from lungseg.segmentation.sobel_fusion import posterior_labels, remove_small_components, sobel_diffusion_fusion
-from lungseg.stages.case_maps import source_labels
+from lungseg.stages.case_maps import posterior_by_tissue, source_labels
 from lungseg.stages.cohort import DONE, FAILED, SKIPPED, CaseOutcome, StageResult, output_folder, run_cases
 from lungseg.stages.export import ExportOptions, dicom_series_by_identity, export_cases
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import make_provenance, write_artefact
-from lungseg.tissue import MIXTURE_TISSUES, OUTSIDE, tissue_by_name
+from lungseg.tissue import OUTSIDE
 
 __all__ = ["refine", "source_labels"]
 
@@ -42,6 +42,7 @@ def refine(
     lobe_mask: Path | None = None,
     dicom_seg: bool = False,
     source: Path | None = None,
+    posteriors: bool = False,
     as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
@@ -52,8 +53,9 @@ def refine(
     store : Store or path
     config : RefineConfig
     export : path, optional
-        Folder for ``<case_id>.nii.gz`` (tissue ids on the source scan's grid), ``<case_id>.png`` (three planes) and the
-        numbers: ``quantification.csv`` (one line each), ``quantification-wide.csv`` (one line per region), ``.json``.
+        Folder for ``<case_id>.nii.gz`` (tissue ids on the source scan's grid), ``<case_id>.png`` (three planes), the
+        numbers: ``quantification.csv`` (one line each), ``quantification-wide.csv`` (one line per region), ``.json``,
+        and names and colours of the labels: ``tissues.ctbl`` for 3D Slicer, ``tissues-itksnap.txt`` for ITK-SNAP.
     lobe_mask : path, optional
         Lobe mask of the one case, or a folder of masks named ``<case_id>``: numbers per lobe too.
     dicom_seg : bool
@@ -61,6 +63,8 @@ def refine(
     source : path, optional
         Folder with those series. A case whose series is not there, or cannot be referred to, has failed; its other
         files are written all the same.
+    posteriors : bool
+        Write ``posteriors/<case_id>-<tissue>.nii.gz`` too: percent, on the source scan's grid.
     as_json : bool
         The result's document holds what became of each case, and its numbers if they were exported.
 
@@ -82,8 +86,8 @@ def refine(
         raise InputError(
             f"store {store.path} has no clustering '{config.name}': run lungseg cluster {store.path} first"
         )
-    if (lobe_mask or dicom_seg) and not export:
-        raise UsageError("--lobe-mask and --dicom-seg belong to what --export DIR writes")
+    if (lobe_mask or dicom_seg or posteriors) and not export:
+        raise UsageError("--lobe-mask, --dicom-seg and --posteriors belong to what --export DIR writes")
     if dicom_seg != (source is not None):
         raise UsageError("--dicom-seg and --source DICOM_DIR go together: a DICOM-SEG refers to the images of a series")
     if lobe_mask and Path(lobe_mask).is_file() and len(case_ids) > 1:
@@ -91,6 +95,7 @@ def refine(
     options = ExportOptions(
         lobe_mask=Path(lobe_mask) if lobe_mask else None,
         dicom=dicom_series_by_identity(Path(source), store) if source else None,
+        posteriors=posteriors,
     )
     folder = output_folder(Path(export)) if export else None
     outcomes = run_cases(
@@ -151,7 +156,7 @@ def _labels(volume: Artefact, clusters: Artefact, config: RefineConfig) -> tuple
     """Tissue ids uint8 and confidence uint8 (0-255: posterior of the class shown) on the working grid."""
     image, mask = volume.read("image"), volume.read("mask") > 0
     token_size = int(clusters.provenance["token_size"])
-    posterior = _by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
+    posterior = posterior_by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
     coverage = clusters.read("coverage") > 0
     if not mask.any() or not coverage.any():
         return np.zeros(mask.shape, np.uint8), np.zeros(mask.shape, np.uint8)
@@ -177,14 +182,6 @@ def _labels(volume: Artefact, clusters: Artefact, config: RefineConfig) -> tuple
     if config.compatibility:
         labels = check_hu_compatibility(labels, posterior, smooth_hu(image, mask), token_size=token_size)
     return labels, _confidence(labels, posterior, token_size)
-
-
-def _by_tissue(posterior: np.ndarray, tissues: Sequence[str]) -> np.ndarray:
-    """Posterior per tissue, float32 (5, z, y, x) in the order of MIXTURE_TISSUES: the sum over components of a name."""
-    result = np.zeros((len(MIXTURE_TISSUES), *posterior.shape[1:]), dtype=np.float32)
-    for component, name in zip(posterior, tissues, strict=True):
-        result[MIXTURE_TISSUES.index(tissue_by_name(name))] += component
-    return result
 
 
 def _confidence(labels: np.ndarray, posterior: np.ndarray, token_size: int) -> np.ndarray:

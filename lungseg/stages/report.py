@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,6 @@ def report(
     *,
     lobe_mask: Path | None = None,
     as_json: bool = False,
-    quantities: Mapping[str, CaseQuantities] | None = None,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Write ``index.html``, a page and a preview for each scan, and the tables of all numbers.
@@ -62,27 +62,51 @@ def report(
         As for :func:`lungseg.stages.refine.refine`.
     as_json : bool
         The result's document holds the ranking and all numbers.
-    quantities : mapping of case id to CaseQuantities, optional
-        Numbers counted already by `refine` with the same settings, so that they are not counted again.
 
     Raises
     ------
     InputError
         If no case has a label map under this name.
     """
-    place = None if isinstance(results, Store) else Path(results)
     store = results if isinstance(results, Store) else _find_store(Path(results))
+    place = store.path.parent if isinstance(results, Store) else Path(results)
+    lobes = Path(lobe_mask) if lobe_mask else None
+    result = report_pages(store, Path(output), config, lobe_mask=lobes, pictures=place, execution=execution)
+    return result if as_json else dataclasses.replace(result, document=None)
+
+
+def report_pages(
+    store: Store,
+    output: Path,
+    config: ReportConfig,
+    *,
+    lobe_mask: Path | None = None,
+    pictures: Path | None = None,
+    quantities: Mapping[str, CaseQuantities] | None = None,
+    execution: Execution = Execution(),
+) -> StageResult:
+    """What :func:`report` writes, with a document of all numbers.
+
+    Parameters
+    ----------
+    store, output, config, lobe_mask, execution
+        As for :func:`report`.
+    pictures : Path, optional
+        Folder whose pictures of training and evaluation are shown.
+    quantities : mapping of case id to CaseQuantities, optional
+        Numbers counted already by `refine` with the same settings, so that they are not counted again.
+    """
     case_ids = store.require_cases()
     if not any(store.case_file(case_id, "labels", config.name).exists() for case_id in case_ids):
         raise InputError(f"store {store.path} has no label map '{config.name}': run lungseg refine {store.path} first")
-    if lobe_mask and Path(lobe_mask).is_file() and len(case_ids) > 1:
+    if lobe_mask and lobe_mask.is_file() and len(case_ids) > 1:
         raise UsageError(f"--lobe-mask: one file for {len(case_ids)} cases; give a folder of <case_id>.nii.gz")
-    folder = output_folder(Path(output))
+    folder = output_folder(output)
     for part in ("cases", "previews"):
         output_folder(folder / part)
     items = [(case_id, (quantities or {}).get(case_id)) for case_id in case_ids]
     outcomes = run_cases(
-        _report_one, items, store, config, folder, Path(lobe_mask) if lobe_mask else None,
+        _report_one, items, store, config, folder, lobe_mask,
         names=case_ids, title="report", execution=execution,
     )  # fmt: skip
     summaries = [outcome.value for outcome in outcomes if outcome.value is not None]
@@ -91,14 +115,14 @@ def report(
         summaries,
         title=config.title,
         left_out=left_out,
-        pictures=_pictures(place or store.path.parent),
+        pictures=_pictures(pictures) if pictures else [],
         provenance=[("lungseg", __version__), ("label maps", config.name), ("store", store.header["provenance"])],
     )
     write_text(folder / "index.html", page)
     write_tables(folder, {summary.case_id: summary.quantities for summary in summaries})
     return StageResult(
         "report", folder, outcomes, tables=(shares_table(summaries),), notes=(f"open {folder / 'index.html'}",),
-        document=_document(summaries, left_out) if as_json else None,
+        document=_document(summaries, left_out),
     )  # fmt: skip
 
 

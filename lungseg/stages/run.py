@@ -28,7 +28,7 @@ from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
 from lungseg.stages.preprocess import preprocess
 from lungseg.stages.refine import refine
-from lungseg.stages.report import report
+from lungseg.stages.report import report_pages
 from lungseg.stages.train_ddpm import train_ddpm
 from lungseg.store.cases import Store
 
@@ -90,8 +90,9 @@ def run(
         scored = evaluate(store, output / "scores", plan.evaluate, execution=execution)
     results = [prepared, clustered, refined]
     if refined.complete():
-        pages = report(
-            store, output / "report", plan.report, quantities=refined.values["quantities"], execution=execution
+        pages = report_pages(
+            store, output / "report", plan.report, pictures=output, quantities=refined.values["quantities"],
+            execution=execution,
         )  # fmt: skip
         results.append(dataclasses.replace(pages, notes=(*refined.notes, *pages.notes)))
     return _merged(output, results, scored)

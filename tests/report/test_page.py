@@ -101,7 +101,9 @@ def test_a_page_fetches_nothing_runs_nothing_foreign_and_says_what_it_is_for(pag
         for key in ("src", "href"):
             value = attributes.get(key)
             if value is not None:
-                wanted = r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+" if key == "src" else r"(\.\./)?[\w/]+\.html"
+                wanted = (
+                    r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+" if key == "src" else r"(\.\./)?[\w/]+\.(html|png)"
+                )
                 assert re.fullmatch(wanted, value), (name, value[:80])
     (policy,) = [a["content"] for n, a in reader.elements if n == "meta" and "http-equiv" in a]
     assert policy is not None

@@ -14,7 +14,7 @@ from lungseg.cli.app import app
 from lungseg.config import Execution, RefineConfig, ReportConfig
 from lungseg.errors import InputError
 from lungseg.stages.refine import refine
-from lungseg.stages.report import report
+from lungseg.stages.report import report, report_pages
 from lungseg.store.cases import Store
 
 SMALL = ReportConfig(num_slices=6, width_px=96)
@@ -49,7 +49,7 @@ def test_the_same_report_gives_the_same_bytes_with_numbers_counted_before(
     finished: Path, pages: Path, tmp_path: Path
 ) -> None:
     done = refine(finished / "store", RefineConfig(), export=tmp_path / "files", execution=QUIET)
-    again = report(
+    again = report_pages(
         Store(finished / "store"), tmp_path / "again", SMALL, quantities=done.values["quantities"],
         execution=Execution(quiet=True, jobs=2),
     )  # fmt: skip

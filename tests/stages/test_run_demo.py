@@ -27,7 +27,14 @@ def test_run_trains_on_the_given_scans_and_scores(manifest: Path, tmp_path: Path
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "bundle.safetensors").is_file()
-    assert {p.suffix for p in (tmp_path / "out" / "results").iterdir()} == {".gz", ".png", ".csv", ".json"}
+    assert {p.suffix for p in (tmp_path / "out" / "results").iterdir()} == {
+        ".gz",
+        ".png",
+        ".csv",
+        ".json",
+        ".ctbl",
+        ".txt",
+    }
     assert (tmp_path / "out" / "report" / "index.html").is_file()
     assert "HD95" in result.output
     assert "consolidation" in (tmp_path / "out" / "scores" / "table.md").read_text(encoding="utf-8")
