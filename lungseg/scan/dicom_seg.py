@@ -138,12 +138,14 @@ def write_segmentation(
         # highdicom warns of odd patient names by printing them
         warnings.filterwarnings("ignore", message="The string", category=UserWarning)
         segmentation = _segmentation(hd, sources, table[np.stack([frames[place] for place in places])], numbered)
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial = path.with_name(f".{path.name}.partial")
         segmentation.save_as(partial)
         partial.replace(path)
     except OSError as error:
         raise ResourceError(f"{path}: could not be written ({error.strerror or error}); is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _segmentation(hd: Any, sources: Sequence[Dataset], segments: np.ndarray, numbered: Sequence[int]) -> Any:
@@ -237,6 +239,7 @@ def _check_places(sources: Sequence[Dataset], places: Sequence[int], grid: Geome
 def _description(hd: Any, number: int, label: int) -> Any:
     """Name, codes and colour of a segment."""
     from pydicom.sr.coding import Code as DicomCode
+    from skimage.color import rgb2lab
 
     def coded(code: Code) -> Any:
         return DicomCode(code.value, code.scheme, code.meaning)
@@ -258,5 +261,5 @@ def _description(hd: Any, number: int, label: int) -> Any:
             version=__version__,
         ),
         anatomic_regions=[coded(LUNG_CODE)] if code is not None else None,
-        display_color=hd.color.CIELabColor.from_rgb(*colour),
+        display_color=hd.color.CIELabColor(*(float(value) for value in rgb2lab(np.array(colour) / 255.0))),
     )

@@ -61,8 +61,8 @@ def dicom_series_by_identity(place: Path, store: Store) -> dict[str, Source]:
     require_highdicom()
     found = {}
     for source in search([place]).sources:
-        for series in (candidate.series for candidate in source.candidates):
-            one = dataclasses.replace(source, series=series, candidates=())
+        for candidate in source.candidates:
+            one = dataclasses.replace(source, series=candidate.series, candidates=(candidate,))
             if key := one.key():
                 found[hashed_id(store.salt, key)] = one
     if not found:
@@ -81,8 +81,11 @@ def export_cases(
 ) -> tuple[CaseOutcome, ...]:
     """Write the files of each case, and the tables of all; the outcomes hold the numbers of each case."""
     whole = dataclasses.replace(execution, shard="")  # these are this shard's cases already
+    # each case takes its own series along, not those of all
+    items = [(case_id, _source_of(store, case_id, options.dicom)) for case_id in case_ids]
+    options = dataclasses.replace(options, dicom={} if options.dicom is not None else None)
     exported = run_cases(
-        _export_one, case_ids, store, config, folder, options, names=case_ids, title="export", execution=whole
+        _export_one, items, store, config, folder, options, names=case_ids, title="export", execution=whole
     )
     quantities = {outcome.case_id: outcome.value for outcome in exported if outcome.value is not None}
     number = execution.shard.partition("/")[0]
@@ -92,6 +95,14 @@ def export_cases(
     return exported
 
 
+def _source_of(store: Store, case_id: str, known: Mapping[str, Source] | None) -> Source | None:
+    """The series that a case was made of, if it is known."""
+    if not known:
+        return None
+    with store.open(case_id, "volume") as volume:
+        return known.get(volume.provenance["inputs"]["scan"])
+
+
 def write_tables(folder: Path, quantities: Mapping[str, CaseQuantities], *, suffix: str = "") -> None:
     """Numbers of a cohort: ``quantification.csv`` (long), ``quantification-wide.csv``, ``quantification.json``."""
     write_text(folder / f"quantification{suffix}.csv", long_csv(quantities))
@@ -99,10 +110,13 @@ def write_tables(folder: Path, quantities: Mapping[str, CaseQuantities], *, suff
     write_json(folder / f"quantification{suffix}.json", quantities_dict(quantities))
 
 
-def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path, options: ExportOptions) -> CaseReturn:
+def _export_one(
+    item: tuple[str, Source | None], store: Store, config: RefineConfig, folder: Path, options: ExportOptions
+) -> CaseReturn:
     """Write one case's label map and picture; gives back its numbers."""
     from lungseg.scan.nifti import write_image
 
+    case_id, source = item
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", config.name) as artefact:
         artefact.require_input("volume.h5", volume.fingerprint)
         labels = artefact.read("labels")
@@ -125,7 +139,7 @@ def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path, 
         if options.posteriors:
             _write_posteriors(case_id, store, config, folder, volume)
         numbers = case_quantities(volume, config, labels, moved, lungs, image, lobes=lobes)
-        if options.dicom is not None and (refusal := _write_dicom_seg(volume, whole, full, folder, options.dicom)):
+        if options.dicom is not None and (refusal := _write_dicom_seg(volume, whole, full, folder, source)):
             offer = f"no DICOM-SEG: {refusal}. Its label map is there as NIfTI ({case_id}.nii.gz)"
             return FAILED, offer, numbers
         return DONE, "", numbers
@@ -156,12 +170,9 @@ def _write_posteriors(case_id: str, store: Store, config: RefineConfig, folder: 
         write_image(place / f"{case_id}-{TISSUES[tissue].name}.nii.gz", whole, full, **stored)
 
 
-def _write_dicom_seg(
-    volume: Artefact, labels: np.ndarray, grid: Geometry, folder: Path, known: Mapping[str, Source]
-) -> str:
+def _write_dicom_seg(volume: Artefact, labels: np.ndarray, grid: Geometry, folder: Path, source: Source | None) -> str:
     """Write ``<case_id>.seg.dcm``; returns why it cannot be written, without names, or ''."""
     facts = volume.provenance
-    source = known.get(facts["inputs"]["scan"])
     path = folder / f"{facts['case_id']}.seg.dcm"
     path.unlink(missing_ok=True)  # of another run: its UIDs are not those of this map
     if source is None or source.series is None:
