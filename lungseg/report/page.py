@@ -22,8 +22,11 @@ class Column:
     digits: int
 
 
+RANKED_BY = "affected_pct"
 COLUMNS = (
-    Column("abnormal_pct", "Abnormal %", "Share of the lung that is not healthy", 0),
+    Column(
+        RANKED_BY, "Affected %", "Share of the lung that the map calls abnormal, or LAA-950 where the map misses it", 0
+    ),
     *(Column(f"{name}_pct", f"{TITLES[name]} %", f"Share of the lung: {TITLES[name].lower()}", 1) for name in DISEASE),
     Column("volume_ml", "Lung mL", "Volume of both lungs", 0),
     Column("mld_hu", "Mean HU", "Mean lung density", 0),
@@ -55,7 +58,7 @@ def cohort_page(
     Parameters
     ----------
     summaries : sequence of CaseSummary
-        In any order: the table starts with the most abnormal scan.
+        In any order: the table starts with the most affected scan.
     title : str
     left_out : mapping of case id to reason
         Scans without a map, and why.
@@ -101,7 +104,7 @@ def _main(
 
 def _worst(summary: CaseSummary, *, several: bool) -> Markup:
     """The scan to look at first, and why."""
-    heading = "Most abnormal scan" if several else "The scan"
+    heading = "Most affected scan" if several else "The scan"
     picture = void_tag("img", src=data_uri(summary.thumbnail, "jpeg"), alt=f"Slice of {summary.case_id}")
     words = [tag("p", tag("a", summary.case_id, href=summary.page, class_="case"), " ", summary.finding, class_="say")]
     words.append(tissue_bar(summary))
@@ -117,10 +120,10 @@ def _shown_tissues(summaries: Sequence[CaseSummary]) -> list[str]:
 
 def _table(order: Sequence[CaseSummary]) -> Markup:
     # a cavity is rare: its column is there when any scan has one
-    columns = [c for c in COLUMNS if any(summary.value(c.metric) for summary in order) or c.metric not in RARE_METRICS]
+    columns = [c for c in COLUMNS if c.metric not in RARE_METRICS or any(s.value(c.metric) for s in order)]
     headings = [tag("th", "Picture", scope="col"), _heading("Scan", "Name of the scan", text=True)]
     headings += [tag("th", "Tissues", scope="col", class_="wide")]
-    headings += [_heading(c.title, c.explained, sorted_now=c.metric == "abnormal_pct") for c in columns]
+    headings += [_heading(c.title, c.explained, sorted_now=c.metric == RANKED_BY) for c in columns]
     headings += [_heading("Look out", "Things to know before the numbers are used")]
     rows = [tag("tr", *_cells(summary, columns)) for summary in order]
     table = tag("table", tag("thead", tag("tr", *headings)), tag("tbody", *rows), id="cases")
@@ -144,6 +147,8 @@ def _cells(summary: CaseSummary, columns: Sequence[Column]) -> list[Markup]:
     ]  # fmt: skip
     for column in columns:
         value, status = summary.value(column.metric), summary.status(column.metric)
+        if column.metric == RANKED_BY:
+            value, status = summary.affected_pct, summary.status("abnormal_pct")
         shown = f"{value:,.{column.digits}f}".replace("-", "\u2212") if value is not None else BLANK
         cells.append(
             tag(
@@ -167,8 +172,9 @@ def _explanation() -> Markup:
             tag(
                 "p",
                 "The map gives each voxel of the lung one tissue; nobody annotated these scans. Abnormal is all lung "
-                "that is neither healthy nor unclassified. Densities are counted on the scan's own voxels by the "
-                "definitions of ChestImagingPlatform and are not corrected for kernel, dose or breath.",
+                "that is neither healthy nor unclassified. Scans are ranked by that share, or by LAA-950 where it says "
+                "emphysema (10 % or more) and the map shows less than half of it. Densities are counted on the scan's "
+                "own voxels as ChestImagingPlatform defines them and are not corrected for kernel, dose or breath.",
             ),
             tag(
                 "p",

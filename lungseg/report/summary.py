@@ -9,7 +9,7 @@ from typing import Any
 from lungseg.report.quantify import UNCLASSIFIED_NAME, QuantityRow
 from lungseg.report.quantity_tables import CaseQuantities
 from lungseg.scan.volume import STATUS_WORDS
-from lungseg.tissue import TISSUES, UNCLASSIFIED_COLOUR, VIEWS
+from lungseg.tissue import LAA950_EMPHYSEMA_SHARE, TISSUES, UNCLASSIFIED_COLOUR, VIEWS
 
 WORTH_NAMING_PCT = 1.0
 """Smaller shares are left out of the sentence about a scan."""
@@ -54,11 +54,33 @@ class CaseSummary:
         return row.status if row else "not counted"
 
     @property
+    def missed_emphysema_pct(self) -> float | None:
+        """LAA-950 where it says emphysema and the map has less than half of it; else None."""
+        density, mapped = self.value("laa950_pct"), self.value("emphysema_pct")
+        if density is None or mapped is None or density < 100 * LAA950_EMPHYSEMA_SHARE or mapped >= density / 2:
+            return None
+        return density
+
+    @property
+    def affected_pct(self) -> float | None:
+        """By how much of the lung scans are ranked: what the map calls abnormal, or LAA-950 where the map misses it."""
+        abnormal = self.value("abnormal_pct")
+        return abnormal if abnormal is None else max(abnormal, self.missed_emphysema_pct or 0.0)
+
+    @property
     def finding(self) -> str:
         """What was found, the largest share first."""
         abnormal = self.value("abnormal_pct")
         if abnormal is None:
             return f"No numbers: {STATUS_WORDS.get(self.status('abnormal_pct'), self.status('abnormal_pct'))}."
+        missed = self.missed_emphysema_pct
+        if missed is not None:
+            density = f"LAA-950 is {missed:.0f} %: emphysema, which the map does not show."
+            return f"{density} By the map, {self._mapped(abnormal)}"
+        return self._mapped(abnormal)
+
+    def _mapped(self, abnormal: float) -> str:
+        """What the map shows."""
         shares = sorted(((self.value(f"{name}_pct") or 0.0, name) for name in DISEASE), reverse=True)
         named = [f"{TITLES[name].lower()} {share:.0f} %" for share, name in shares if share >= WORTH_NAMING_PCT]
         if not named:
@@ -70,13 +92,15 @@ class CaseSummary:
         """How it was scanned, in a few words."""
         facts = self.quantities.covariates
         thickness = facts.slice_thickness_mm or facts.spacing_z_mm
-        parts = [facts.kernel or "", f"{thickness:g} mm slices" if thickness else "", facts.inspiration]
+        parts = [facts.kernel or "", f"{thickness:.3g} mm slices" if thickness else "", facts.inspiration]
         return ", ".join(part for part in parts if part)
 
     @property
     def cautions(self) -> list[str]:
         """What to know before the numbers are used, in words."""
         words = [STATUS_WORDS[word] for word in self.quantities.covariates.scan_status.split() if word in STATUS_WORDS]
+        if self.missed_emphysema_pct is not None:
+            words.append("its density says emphysema and its map does not: the map is wrong there")
         volume = self.value("volume_ml")
         told = any("lung volume" in text for text in self.quantities.warnings)
         if volume is not None and not told and not SMALL_LUNG_ML <= volume <= LARGE_LUNG_ML:
@@ -92,20 +116,20 @@ class CaseSummary:
 
 
 def ranked(summaries: Sequence[CaseSummary]) -> list[CaseSummary]:
-    """The most abnormal scan first; those without numbers last."""
+    """The most affected scan first; those without numbers last."""
 
     def key(summary: CaseSummary) -> tuple[bool, float, str]:
-        abnormal = summary.value("abnormal_pct")
-        return abnormal is None, -(abnormal or 0.0), summary.case_id
+        affected = summary.affected_pct
+        return affected is None, -(affected or 0.0), summary.case_id
 
     return sorted(summaries, key=key)
 
 
 def shares_table(summaries: Sequence[CaseSummary]) -> Any:
-    """The cohort in the terminal, the most abnormal scan first: a rich table."""
+    """The cohort in the terminal, the most affected scan first: a rich table."""
     from rich.table import Table
 
-    table = Table(title="Share of the lung, most abnormal scan first")
+    table = Table(title="Share of the lung, most affected scan first")
     columns = (
         ("volume_ml", "lung mL", 0), ("abnormal_pct", "abnormal %", 0), ("mld_hu", "mean HU", 0),
         ("laa950_pct", "LAA-950 %", 1),

@@ -123,13 +123,29 @@ def test_a_page_fetches_nothing_runs_nothing_foreign_and_says_what_it_is_for(pag
 def test_the_worst_scan_is_told_first_and_why() -> None:
     reader = Reader(cohort(left_out={"lost": "no label map yet"}, pictures=[Picture("Training: loss", b"png")]))
     text = " ".join(reader.text.split())
-    assert re.search(r"Most abnormal scan severe 13 % of the lung is abnormal: consolidation 13 %\.", text)
+    assert re.search(r"Most affected scan severe 13 % of the lung is abnormal: consolidation 13 %\.", text)
     assert text.index("severe 13") < text.index("mild ") < text.index("cut No numbers: the lung is cut")
     assert "lost : no label map yet" in text
     assert "Training: loss" in text
     order = [a["data-value"] for n, a in reader.elements if n == "th" and a.get("scope") == "row"]
     assert order == ["severe", "mild", "cut"]
     assert [s.case_id for s in ranked([summary("b", 0), summary("a", 0)])] == ["a", "b"]
+
+
+def test_emphysema_that_the_map_misses_ranks_a_scan_and_is_told() -> None:
+    """The density is counted, the map is estimated: where they contradict each other the page says so."""
+    hu, labels, lungs = chest(0)
+    hu[lungs == 2] = -970
+    rows = tuple(quantify(labels, lungs, hu, spacing_mm=SPACING))
+    missed = CaseSummary("missed", CaseQuantities(rows))
+    assert missed.affected_pct == pytest.approx(50.0)
+    assert missed.finding.startswith("LAA-950 is 50 %: emphysema, which the map does not show.")
+    assert any("the map is wrong there" in text for text in missed.cautions)
+    assert [s.case_id for s in ranked([summary("severe", 9), missed])] == ["missed", "severe"]
+    labels[lungs == 2] = Tissue.EMPHYSEMA
+    found = CaseSummary("found", CaseQuantities(tuple(quantify(labels, lungs, hu, spacing_mm=SPACING))))
+    assert found.missed_emphysema_pct is None
+    assert found.finding == "50 % of the lung is abnormal: emphysema 50 %."
 
 
 def test_numbers_that_cannot_be_had_are_blank_and_say_why() -> None:
@@ -200,7 +216,7 @@ def test_a_browser_sorts_the_table_without_complaint(browser: str, tmp_path: Pat
             assert page.run("document.documentElement.scrollWidth") <= width
             assert page.run(names) == "severe,mild,cut"
             for title, first, second in (
-                ("Abnormal %", "mild,severe,cut", "severe,mild,cut"),  # blanks stay last
+                ("Affected %", "mild,severe,cut", "severe,mild,cut"),  # blanks stay last
                 ("Scan", "cut,mild,severe", "severe,mild,cut"),
                 ("Consolidation %", "severe,mild,cut", "mild,severe,cut"),
             ):
