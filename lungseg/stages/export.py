@@ -176,7 +176,10 @@ def _write_dicom_seg(volume: Artefact, labels: np.ndarray, grid: Geometry, folde
     path = folder / f"{facts['case_id']}.seg.dcm"
     path.unlink(missing_ok=True)  # of another run: its UIDs are not those of this map
     if source is None or source.series is None:
-        return "no series below --source is the scan that this case was made of"
+        return (
+            "no series below --source is the scan that this case was made of (give what preprocess was given: more or "
+            "fewer files of a series make it another one)"
+        )
     series = source.series
     stored = {key: facts["source"][key] for key in ("stored_axes", "stored_flips")}
     try:
