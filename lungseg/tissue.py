@@ -95,8 +95,6 @@ PAPER_CODE_FIBROSIS_HU = -500.0
 """Upper half of the scan: fibrosis above, else healthy, same rule."""
 PAPER_CODE_DENSE_QUARTER_HU = -300.0
 """Highest quarter of the scan: consolidation above, same rule."""
-COMPATIBILITY_TOLERANCE_HU = 50.0
-"""Tolerance of the optional HU compatibility check (METHOD 1.6)."""
 
 # ---------------------------------------------------------------- densities that are reported
 
@@ -180,6 +178,11 @@ TISSUE_CODES: Mapping[Tissue, Code] = {
 """Segmented property type of a tissue; one that is not here (healthy lung, cavity, unclassified) is coded as lung.
 Ground glass: PS3.16 CID 6104 (pydicom's concept dictionary). The SNOMED CT codes are none of PS3.16: 87433001 and
 51615001 as public FHIR value sets give them, 95436008 as the OMOP vocabulary gives it ("Lung consolidation")."""
+
+# ---------------------------------------------------------------- the HU check, and views
+
+COMPATIBILITY_TOLERANCE_HU = 50.0
+"""Tolerance of the optional HU compatibility check (METHOD 1.6)."""
 
 VIEWS: Mapping[str, Mapping[str, tuple[Tissue, ...]]] = {
     "tissues": {TISSUES[tissue].name: (tissue,) for tissue in MIXTURE_TISSUES},

@@ -55,7 +55,8 @@ def case_page(
     parts.append(_viewer(summary, stack, spacing_z_mm))
     regions = list(dict.fromkeys(row.region for row in summary.quantities.rows))
     parts += [tag("h2", "Tissue of each region"), _bars(summary, regions)]
-    parts += [tag("h2", "Density of each region"), _region_table(summary, regions)]
+    if columns := _region_columns(summary, regions):
+        parts += [tag("h2", "Density of each region"), _region_table(summary, regions, columns)]
     if histogram is not None and histogram.size:
         parts += [tag("h2", "Hounsfield units of the lung"), histogram_chart(histogram)]
     alt = "Axial, coronal and sagittal plane through the most abnormal place"
@@ -148,8 +149,12 @@ def _bars(summary: CaseSummary, regions: Sequence[str]) -> Markup:
     return tag("table", tag("thead", head), tag("tbody", *rows), class_="bars")
 
 
-def _region_table(summary: CaseSummary, regions: Sequence[str]) -> Markup:
-    columns = [c for c in REGION_COLUMNS if any(summary.value(c[0], region) is not None for region in regions)]
+def _region_columns(summary: CaseSummary, regions: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Columns with any number: none for a lung that is cut by the field of view."""
+    return [c for c in REGION_COLUMNS if any(summary.value(c[0], region) is not None for region in regions)]
+
+
+def _region_table(summary: CaseSummary, regions: Sequence[str], columns: Sequence[tuple[str, str, int]]) -> Markup:
     head = tag("tr", tag("th", "Region", scope="col"), *(tag("th", title, scope="col") for _, title, _ in columns))
     rows = []
     for region in regions:

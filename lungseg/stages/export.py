@@ -16,7 +16,7 @@ from lungseg.report.colour_tables import itksnap_labels, slicer_colour_table
 from lungseg.report.overlays import preview_figure_png
 from lungseg.report.quantity_tables import CaseQuantities, long_csv, quantities_dict, wide_csv
 from lungseg.scan.archives import local_files
-from lungseg.scan.dicom_seg import require_highdicom, write_segmentation
+from lungseg.scan.dicom_seg_write import require_highdicom, write_segmentation
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import Source, search
 from lungseg.scan.volume import Geometry

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from lungseg.cli.app import app
 from lungseg.scan.dicom import find_series, read_series, write_dicom_series
-from lungseg.scan.dicom_seg import write_segmentation
+from lungseg.scan.dicom_seg_write import write_segmentation
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.store.cases import Store, read_id_map
 

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from lungseg.errors import InputError, ResourceError
 from lungseg.scan.dicom import find_series, read_series, write_dicom_series
-from lungseg.scan.dicom_seg import require_highdicom, write_segmentation
+from lungseg.scan.dicom_seg_write import require_highdicom, write_segmentation
 from lungseg.scan.dicom_series import Series
 from lungseg.scan.orientation import LPS_TO_SPL
 from lungseg.scan.volume import Geometry, Volume
