@@ -125,3 +125,22 @@ def test_lobe_masks_are_for_exports_and_for_one_case_each(copy: Path, tmp_path: 
     (tmp_path / "one.nii.gz").write_bytes(b"")
     with pytest.raises(UsageError, match="one file for 2 cases"):
         refine(copy / "store", lobe_mask=tmp_path / "one.nii.gz", export=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "option", "blank"),
+    [("", "", "laa856_pct"), ("", "expiration", "laa950_pct"), ("inspiration", "expiration", "laa856_pct")],
+)
+def test_the_manifest_and_then_the_option_say_how_a_scan_was_breathed(manifest: str, option: str, blank: str) -> None:
+    lungs = np.ones(GRID.shape, np.uint8)
+    facts: dict[str, Any] = {"source": {"grid": GRID.to_dict()}, "status": ["clipped"], "inspiration": manifest}
+    facts |= {"acquisition": {"kernel": "B40f", "kvp": 120.0, "modality": "CT"}, "warnings": ["a note"]}
+    volume: Any = SimpleNamespace(provenance=facts)
+    image = np.full(GRID.shape, -960, np.int16)
+    found = case_quantities(volume, RefineConfig(inspiration=option), lungs, lungs, lungs, image)
+    values = {row.metric: row.value for row in found.rows if row.region == "whole"}
+    assert (values["laa856_pct"], values["laa950_pct"]) == ((None, 100.0) if blank == "laa856_pct" else (100.0, None))
+    assert found.covariates.inspiration == (manifest or option)
+    assert (found.covariates.kernel, found.covariates.kvp, found.covariates.slice_thickness_mm) == ("B40f", 120.0, None)
+    assert found.covariates.spacing_z_mm == GRID.spacing_mm[0]
+    assert (found.covariates.scan_status, found.warnings) == ("clipped", ("a note",))
