@@ -54,6 +54,9 @@ TISSUES: Mapping[Tissue, TissueInfo] = {
     Tissue.CAVITY: TissueInfo("cavity", "Cavity", (0, 114, 178), None, None),
 }
 
+UNCLASSIFIED_COLOUR = (190, 190, 190)
+"""sRGB of lung that no class explains."""
+
 MIXTURE_TISSUES: tuple[Tissue, ...] = (
     Tissue.HEALTHY,
     Tissue.EMPHYSEMA,
@@ -93,6 +96,92 @@ PAPER_CODE_FIBROSIS_HU = -500.0
 """Upper half of the scan: fibrosis above, else healthy, same rule."""
 PAPER_CODE_DENSE_QUARTER_HU = -300.0
 """Highest quarter of the scan: consolidation above, same rule."""
+
+# ---------------------------------------------------------------- densities that are reported
+
+LAA_HU: Mapping[str, float] = {"laa950": LAA950_HU, "laa910": -910.0, "laa856": -856.0}
+"""Low attenuation areas, inclusive: name -> HU. CIP `LAA950`, `LAA910`, `LAA856` (parenchyma_phenotypes.py)."""
+HAA_HU: Mapping[str, float] = {"haa700": -700.0, "haa600": -600.0, "haa500": -500.0, "haa250": -250.0}
+"""High attenuation areas, inclusive: name -> HU. CIP `HAA700` to `HAA250` (parenchyma_phenotypes.py)."""
+HAA_BAND_HU = (-600.0, -250.0)
+"""High attenuation area of interstitial lung disease, both ends inclusive. Podolanczuk, ERJ 2016;48:1442."""
+AERATION_HU: Mapping[str, tuple[float, float]] = {
+    "aeration_emphysema": (-float("inf"), -950.0),
+    "inflated": (-950.0, -750.0),
+    "infiltrated": (-750.0, -400.0),
+    "collapsed": (-400.0, 0.0),
+    "vessels": (0.0, 3000.0),
+}
+"""Aeration bands, lower end inclusive, upper exclusive (the last one inclusive). Slicer Lung CT Analyzer, defaults."""
+FUNCTIONAL_BANDS, AFFECTED_BANDS = ("inflated",), ("infiltrated", "collapsed")
+"""Sums of bands. Slicer Lung CT Analyzer, README."""
+DENSE_LUNG_HU = -500.0
+"""Density statistics `...500` leave denser voxels (vessels, walls) out, inclusive. CIP `HUMean500`."""
+SEVERITY_CUTS_PCT = (0.0, 5.0, 25.0, 50.0, 75.0)
+"""Lobe score: 0 none, 1 up to 5 %, 2 up to 25 %, 3 up to 50 %, 4 up to 75 %, 5 above. CT severity score of COVID-19."""
+SEVERITY_TISSUES = (Tissue.GGO, Tissue.FIBROSIS, Tissue.CONSOLIDATION)
+"""Opacities that count as involvement in that score."""
+
+
+# ---------------------------------------------------------------- lobes and label maps of them
+
+
+@dataclass(frozen=True)
+class LobeInfo:
+    """One of the five lobes."""
+
+    name: str
+    """Region of the tables."""
+    side: int
+    """``LUNG_LEFT`` or ``LUNG_RIGHT``."""
+
+
+LOBES: Mapping[int, LobeInfo] = {
+    1: LobeInfo("left_upper_lobe", LUNG_LEFT),
+    2: LobeInfo("left_lower_lobe", LUNG_LEFT),
+    3: LobeInfo("right_upper_lobe", LUNG_RIGHT),
+    4: LobeInfo("right_middle_lobe", LUNG_RIGHT),
+    5: LobeInfo("right_lower_lobe", LUNG_RIGHT),
+}
+"""Ids of the lobes inside lungseg (those of lungmask's LTRCLobes)."""
+LOBE_CONVENTIONS: Mapping[str, Mapping[int, int]] = {
+    "lungmask-lobes": {1: 1, 2: 2, 3: 3, 4: 4, 5: 5},
+    "totalsegmentator": {10: 1, 11: 2, 12: 3, 13: 4, 14: 5},
+    "cip": {7: 1, 8: 2, 4: 3, 5: 4, 6: 5},
+}
+"""Program -> its label of a lobe -> ours. lungmask README (LTRCLobes); TotalSegmentator v2 map_to_binary.py, `total`;
+CIP ChestConventions (region in the low byte, type in the high one: superior, middle, inferior lobes are 4 to 8)."""
+
+
+# ---------------------------------------------------------------- codes for DICOM
+
+
+@dataclass(frozen=True)
+class Code:
+    """A coded concept: scheme, value and its meaning."""
+
+    value: str
+    scheme: str
+    """SCT (SNOMED CT) or DCM (PS3.16)."""
+    meaning: str
+
+
+ABNORMAL_STRUCTURE = Code("49755003", "SCT", "Morphologically Abnormal Structure")
+ANATOMICAL_STRUCTURE = Code("91723000", "SCT", "Anatomical Structure")
+LUNG_CODE = Code("39607008", "SCT", "Lung")
+"""All three: PS3.16 CID 7150 and CID 4, as in pydicom's concept dictionary."""
+TISSUE_CODES: Mapping[Tissue, Code] = {
+    Tissue.EMPHYSEMA: Code("87433001", "SCT", "Pulmonary emphysema"),
+    Tissue.GGO: Code("112120", "DCM", "Ground glass opacity"),
+    Tissue.FIBROSIS: Code("51615001", "SCT", "Fibrosis of lung"),
+    Tissue.CONSOLIDATION: Code("95436008", "SCT", "Lung consolidation"),
+}
+"""Segmented property type of a tissue; one that is not here (healthy lung, cavity, unclassified) is coded as lung.
+Ground glass: PS3.16 CID 6104 (pydicom's concept dictionary). The SNOMED CT codes are none of PS3.16: 87433001 and
+51615001 as public FHIR value sets give them, 95436008 as the OMOP vocabulary gives it ("Lung consolidation")."""
+
+# ---------------------------------------------------------------- the HU check, and views
+
 COMPATIBILITY_TOLERANCE_HU = 50.0
 """Tolerance of the optional HU compatibility check (METHOD 1.6)."""
 
@@ -175,13 +264,13 @@ LUNG_MASK_CONVENTIONS: Mapping[str, LungMaskConvention] = {
     ),
     "lungmask-lobes": LungMaskConvention(
         "1-2 lobes of the left lung, 3-5 of the right lung",
-        {1: LUNG_LEFT, 2: LUNG_LEFT, 3: LUNG_RIGHT, 4: LUNG_RIGHT, 5: LUNG_RIGHT},
+        {label: LOBES[lobe].side for label, lobe in LOBE_CONVENTIONS["lungmask-lobes"].items()},
         frozenset(),
         "lungmask 0.2.22, README, five label models (LTRCLobes, LTRCLobes_R231)",
     ),
     "totalsegmentator": LungMaskConvention(
         "10-11 lobes of the left lung, 12-14 of the right lung",
-        {10: LUNG_LEFT, 11: LUNG_LEFT, 12: LUNG_RIGHT, 13: LUNG_RIGHT, 14: LUNG_RIGHT},
+        {label: LOBES[lobe].side for label, lobe in LOBE_CONVENTIONS["totalsegmentator"].items()},
         frozenset({*range(1, 10), *range(15, 118)}),
         "TotalSegmentator v2, map_to_binary.py, class map 'total' (117 classes; written with --ml)",
     ),
@@ -342,14 +431,11 @@ LABEL_CONVENTIONS: Mapping[str, LabelConvention] = {
 classes that a reference cannot hold are not scored."""
 
 SEGMENT_CODES: Mapping[tuple[str, str], int] = {
-    ("SCT", "87433001"): Tissue.EMPHYSEMA,  # Pulmonary emphysema
-    ("DCM", "112120"): Tissue.GGO,  # Ground glass opacity, CID 6104
+    **{(code.scheme, code.value): int(tissue) for tissue, code in TISSUE_CODES.items()},
     ("DCM", "112113"): Tissue.FIBROSIS,  # Reticular pattern, CID 6103
     ("DCM", "112106"): Tissue.FIBROSIS,  # Honeycomb pattern, CID 6103
-    ("SCT", "51615001"): Tissue.FIBROSIS,  # Fibrosis of lung
-    ("SCT", "95436008"): Tissue.CONSOLIDATION,  # Lung consolidation
     ("SCT", "44029006"): LungLabel.LEFT,  # Left lung
     ("SCT", "3341006"): LungLabel.RIGHT,  # Right lung
-    ("SCT", "39607008"): LungLabel.LUNG,  # Lung
+    (LUNG_CODE.scheme, LUNG_CODE.value): LungLabel.LUNG,
 }
 """Coding scheme and value of a DICOM segment's SegmentedPropertyTypeCode -> class. Source: DICOM PS3.16, SNOMED CT."""

@@ -27,8 +27,8 @@ def readme_commands() -> list[str]:
 def test_commands_run_as_written(tmp_path: Path) -> None:
     commands = readme_commands()
     assert [command.split()[1] for command in commands] == [
-        "preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate", "synthesize", "run", "doctor",
-        "info",
+        "preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate", "report", "synthesize", "run",
+        "doctor", "info",
     ]  # fmt: skip
     for part, seed in (("train", 1), ("test", 2)):
         config = PhantomConfig(num=1, seed=seed, extent_mm=(100, 110, 130), spacing_mm=(2.0, 1.5, 1.5))
@@ -47,7 +47,8 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    for path in ("results/quantification.csv", "scores/table.md", "out/scores/table.md", "synthetic/store.json"):
+    for path in ("results/quantification.csv", "scores/table.md", "out/scores/table.md", "synthetic/store.json",
+                 "report/index.html", "out/report/index.html"):  # fmt: skip
         assert (tmp_path / path).is_file(), path
     assert list((tmp_path / "out" / "results").glob("*.png"))
 

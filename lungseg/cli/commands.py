@@ -9,12 +9,17 @@ from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.refine import RefineConfig
+from lungseg.config.report import ReportConfig
 from lungseg.config.run import RunConfig
 from lungseg.config.synthesize import SynthesizeConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.tissue import LABEL_CONVENTIONS
 
 _SAYING = ("quiet", "verbose")
+_JSON = PathOption("as_json", "JSON instead of tables.", ("--json",), switch=True)
+_LOBES = PathOption(
+    "lobe_mask", "Lobe mask of the case, or folder of <case_id>.nii.gz: numbers per lobe.", ("--lobe-mask",)
+)
 _STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
 _SCANS = PathOption("scans", "DICOM folders, zip archives, NIfTI, NRRD and MHA files, or folders of them.", many=True)
 _SERIES = PathOption(
@@ -128,7 +133,17 @@ COMMANDS: tuple[Command, ...] = (
         "refine",
         "lungseg.stages.refine:refine",
         "Posteriors to contours: label maps, and on request files, numbers and pictures for each scan.",
-        (_STORE, PathOption("export", "Write NIfTI on the scan's grid, CSV and PNG here.", ("--export",))),
+        (
+            _STORE,
+            PathOption("export", "Write NIfTI on the scan's grid, numbers and PNG here.", ("--export",)),
+            _LOBES,
+            PathOption("dicom_seg", "Write <case_id>.seg.dcm too; needs --source.", ("--dicom-seg",), switch=True),
+            PathOption("source", "Folder with the DICOM series of the cases, for --dicom-seg.", ("--source",)),
+            PathOption(
+                "posteriors", "Write the posterior of each tissue as NIfTI too.", ("--posteriors",), switch=True
+            ),
+            _JSON,
+        ),
         RefineConfig,
         ("lungseg refine cohort --export results", "lungseg refine cohort --fusion none --name diffseglung"),
         ("jobs", "shard", "overwrite", "dry_run", *_SAYING),
@@ -158,6 +173,20 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg evaluate cohort --reference labels -o results --names diffseglung,density",
             "lungseg evaluate nnunet/ ours/ --reference labels -o results --label-map dataset.json --patients p.csv",
         ),
+        ("jobs", "dry_run", *_SAYING),
+    ),
+    Command(
+        "report",
+        "lungseg.stages.report:report",
+        "Pages to look at, which open from disk: the cohort with the worst scan first, a slice viewer for each scan.",
+        (
+            PathOption("results", "Patch store with label maps, or output folder of `lungseg run`.", required=True),
+            _output("Folder of the pages."),
+            _LOBES,
+            _JSON,
+        ),
+        ReportConfig,
+        ("lungseg report cohort -o report", "lungseg report out -o report --num-slices 96"),
         ("jobs", "dry_run", *_SAYING),
     ),
     Command(

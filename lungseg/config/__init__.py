@@ -8,6 +8,7 @@ from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.presets import PRESETS, make_config
 from lungseg.config.refine import RefineConfig
+from lungseg.config.report import ReportConfig
 from lungseg.config.synthesize import SynthesizeConfig
 from lungseg.config.train_ddpm import TrainConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "PreprocessConfig",
     "RadiomicsConfig",
     "RefineConfig",
+    "ReportConfig",
     "SynthesizeConfig",
     "TrainConfig",
     "make_config",

@@ -22,7 +22,8 @@ from lungseg.errors import UsageError
 ConfigT = TypeVar("ConfigT")
 
 TABLES = (
-    "preprocess", "extract-radiomics", "train-ddpm", "synthesize", "cluster", "refine", "evaluate", "run", "phantom",
+    "preprocess", "extract-radiomics", "train-ddpm", "synthesize", "cluster", "refine", "evaluate", "report",
+    "run", "phantom",
 )  # fmt: skip
 """Tables of a TOML file: the commands that have settings."""
 MAX_SEED = 2**32 - 1

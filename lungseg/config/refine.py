@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lungseg.config.fields import option
+from lungseg.tissue import LOBE_CONVENTIONS
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,10 @@ class RefineConfig:
     lower_bounds: bool = option(
         False, "Of a lung cut by the field of view, export volumes as lower bounds in place of blanks."
     )
+    inspiration: str = option(
+        "",
+        "Breath of these scans, if the manifest does not say; decides which densities are exported.",
+        choices=("", "inspiration", "expiration"),
+    )
+    lobe_mask_labels: str = option("auto", "Whose labels the lobe masks have.", choices=("auto", *LOBE_CONVENTIONS))
+    resample_masks: bool = option(False, "Move a lobe mask onto the grid of its scan (nearest voxel), else refuse it.")

@@ -8,15 +8,43 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lungseg.errors import InputError
 from lungseg.evaluation.surface import bounding_box, require_spacing
-from lungseg.tissue import MIXTURE_TISSUES, OUTSIDE, TISSUES, UNCLASSIFIED, VIEWS, Tissue
+from lungseg.report.density import Histogram
+from lungseg.report.legend import (
+    BACKGROUND,
+    FAINT,
+    FONT,
+    FOREGROUND,
+    GUIDE,
+    colour_table,
+    draw_histogram,
+    draw_legend,
+    format_ml,
+    legend_rows,
+    rimmed_text,
+    text_style,
+)
+from lungseg.tissue import OUTSIDE, VIEWS
+
+__all__ = [
+    "BACKGROUND",
+    "FONT",
+    "FOOTER",
+    "FOREGROUND",
+    "WINDOW_LEVEL_HU",
+    "WINDOW_WIDTH_HU",
+    "disease_focus",
+    "format_ml",
+    "preview_figure_png",
+    "scale_bar_mm",
+]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +52,6 @@ if TYPE_CHECKING:
 
 WINDOW_LEVEL_HU, WINDOW_WIDTH_HU = -600.0, 1500.0
 """Usual lung window."""
-UNCLASSIFIED_COLOUR = (190, 190, 190)
-"""sRGB of lung that no class explains."""
-HEALTHY_ALPHA, DISEASE_ALPHA = 0.20, 0.55
-"""Opacity over the CT: healthy lung only tinted, so that disease stands out and vessels stay visible."""
 FOCUS_SIGMA_MM = 15.0
 """Scale at which the most diseased place is looked for."""
 FOCUS_GRID_MM = 4.0
@@ -37,10 +61,11 @@ MARGIN_MM = 8.0
 SCALE_BARS_MM = (50, 20, 10, 5, 2, 1)
 """Length of the scale bar: 50 mm, or the longest that fits a small volume."""
 COLUMN_INCH, MAX_BODY_INCH, MIN_ROW_INCH, GAP_INCH = 4.0, 11.0, 0.5, 0.08
-TITLE_INCH, FOOTER_INCH, LEGEND_STEP_INCH, DPI = 0.75, 0.4, 0.3, 110
-BACKGROUND, FOREGROUND, FAINT, GUIDE = "#101214", "#f2f2f2", "#9aa0a6", "#ff9d2e"
-FONT = "DejaVu Sans"
-"""Ships with matplotlib, so that pictures do not depend on the fonts of the machine."""
+TITLE_INCH, FOOTER_INCH, DPI = 0.75, 0.4, 110
+HISTOGRAM_INCH = (2.3, 1.5)
+"""Width and height of the histogram."""
+UNCERTAIN_MAP = "magma"
+"""Colours of 1 - confidence: dark where the map is sure."""
 FOOTER = "Research use only. Not for diagnosis or treatment."
 
 
@@ -92,6 +117,8 @@ def preview_figure_png(
     spacing_mm: Sequence[float],
     title: str,
     reference: np.ndarray | None = None,
+    confidence: np.ndarray | None = None,
+    histogram: Histogram | None = None,
 ) -> bytes:
     """PNG of three planes through the most diseased place: CT, tissue map and, if given, the reference.
 
@@ -109,6 +136,10 @@ def preview_figure_png(
         Printed as it is (no markup). The caller sees to it that it names no patient.
     reference : uint8 array of that shape, optional
         Expert label map; adds a column and its mL.
+    confidence : uint8 array of that shape, optional
+        Posterior of the label of each voxel, 0 to 255; adds a column with what is missing to 1.
+    histogram : Histogram, optional
+        HU of the whole lung on its own grid; drawn below the legend with the thresholds of the tables.
 
     Returns
     -------
@@ -126,18 +157,16 @@ def preview_figure_png(
 
     spacing = require_spacing(spacing_mm, 3)
     maps = [labels] if reference is None else [labels, reference]
-    _check(volume_hu, lungs, maps)
+    _check(volume_hu, lungs, maps, confidence)
     box = _view_box(lungs, maps, spacing)
     point = disease_focus(labels, lungs, spacing_mm=spacing)
-    layout = _layout(box, spacing, num_columns=1 + len(maps))
+    layout = _layout(box, spacing, num_maps=len(maps), extra=confidence is not None)
     figure = Figure(figsize=(layout.width, layout.height), dpi=DPI, facecolor=BACKGROUND)
     canvas = FigureCanvasAgg(figure)
     cuts = [_Cut(plane, box, point, spacing) for plane in PLANES]
-    _draw_panels(figure, layout, cuts, volume_hu, lungs, maps)
-    _draw_texts(figure, layout, title)
-    voxel_ml = math.prod(spacing) / 1000.0
-    rows = list(_legend_rows(maps, voxel_ml))
-    _draw_legend(figure, layout, rows, lung_ml=int(np.count_nonzero(lungs)) * voxel_ml)
+    _draw_panels(figure, layout, cuts, volume_hu, lungs, maps, confidence)
+    _draw_texts(figure, layout, title, ["Tissue map", "Reference"][: len(maps)], confidence is not None)
+    _draw_side(figure, layout, maps, math.prod(spacing) / 1000.0, int(np.count_nonzero(lungs)), histogram)
     out = io.BytesIO()
     # print_png and not savefig: the latter obeys the user's matplotlibrc (dpi, bbox, transparency).
     canvas.print_png(out, metadata={"Software": None})
@@ -205,9 +234,10 @@ class _Cut:
         return picture[::-1] if self.flipped else picture
 
 
-def _check(volume_hu: np.ndarray, lungs: np.ndarray, maps: Sequence[np.ndarray]) -> None:
+def _check(volume_hu: np.ndarray, lungs: np.ndarray, maps: Sequence[np.ndarray], confidence: np.ndarray | None) -> None:
     """Raise ``InputError`` on arrays that cannot be shown together."""
     shapes = {volume_hu.shape, lungs.shape, *(labels.shape for labels in maps)}
+    shapes |= {confidence.shape} if confidence is not None else set()
     if len(shapes) != 1 or volume_hu.ndim != 3:
         raise InputError(f"image, labels, lungs and reference must have one 3-D shape, not {sorted(shapes)}")
     if any(labels.dtype != np.uint8 for labels in maps):
@@ -227,7 +257,7 @@ def _view_box(lungs: np.ndarray, maps: Sequence[np.ndarray], spacing: tuple[floa
     )
 
 
-def _layout(box: tuple[slice, ...], spacing: tuple[float, ...], *, num_columns: int) -> _Layout:
+def _layout(box: tuple[slice, ...], spacing: tuple[float, ...], *, num_maps: int, extra: bool) -> _Layout:
     """Sizes in inches: the widest plane fills its column unless the picture would become too tall."""
     extent = [(side.stop - side.start) * step for side, step in zip(box, spacing, strict=True)]
     width_mm = max(extent[plane.column] for plane in PLANES)
@@ -235,7 +265,7 @@ def _layout(box: tuple[slice, ...], spacing: tuple[float, ...], *, num_columns: 
     scale = min(COLUMN_INCH / width_mm, MAX_BODY_INCH / height_mm)
     rows = tuple(max(MIN_ROW_INCH, extent[plane.row] * scale) for plane in PLANES)
     column = max(width_mm * scale, 2.0)  # a long, narrow volume still needs room for the headings
-    return _Layout(scale, column, rows, legend=2.9 if num_columns == 2 else 3.5, num_columns=num_columns)
+    return _Layout(scale, column, rows, legend=2.9 if num_maps == 1 else 3.5, num_columns=1 + num_maps + extra)
 
 
 def _panel(figure: Figure, layout: _Layout, row: int, column: int, cut: _Cut) -> Axes:
@@ -258,8 +288,9 @@ def _draw_panels(
     volume_hu: np.ndarray,
     lungs: np.ndarray,
     maps: Sequence[np.ndarray],
+    confidence: np.ndarray | None,
 ) -> None:
-    """All panels: a row per plane; the CT alone in the first column, a label map over it in each of the others."""
+    """All panels: a row per plane; the CT alone in the first column, something over it in each of the others."""
     for row, cut in enumerate(cuts):
         grey, lung = cut.of(volume_hu), cut.of(lungs) != OUTSIDE
         for column in range(layout.num_columns):
@@ -267,8 +298,10 @@ def _draw_panels(
             _draw_ct(axes, grey, cut)
             if column == 0:
                 _draw_guides(axes, cut, volume_hu.shape[cut.plane.axis])
-            else:
+            elif column <= len(maps):
                 _draw_labels(axes, cut.of(maps[column - 1]), lung, cut)
+            elif confidence is not None:
+                _draw_uncertainty(axes, cut.of(confidence), lung, cut)
             _draw_letters(axes, cut)
 
 
@@ -284,7 +317,7 @@ def _draw_ct(axes: Axes, grey: np.ndarray, cut: _Cut) -> None:
 def _draw_labels(axes: Axes, labels: np.ndarray, lung: np.ndarray, cut: _Cut) -> None:
     """Tissue colours over the CT, and the outline of the lung field."""
     axes.imshow(
-        _colour_table()[labels], interpolation="nearest", aspect="auto", origin="upper",
+        colour_table()[labels], interpolation="nearest", aspect="auto", origin="upper",
         extent=(0, cut.width_mm, cut.height_mm, 0),
     )  # fmt: skip
     if min(lung.shape) > 1 and lung.any():
@@ -294,17 +327,28 @@ def _draw_labels(axes: Axes, labels: np.ndarray, lung: np.ndarray, cut: _Cut) ->
         axes.contour(x, y, np.pad(lung, 1).astype(float), levels=[0.5], colors=[FOREGROUND], linewidths=0.6, alpha=0.6)
 
 
+def _draw_uncertainty(axes: Axes, confidence: np.ndarray, lung: np.ndarray, cut: _Cut) -> None:
+    """1 - confidence of the lung over the CT."""
+    shown = np.ma.masked_array(1.0 - confidence / 255.0, mask=~lung)
+    axes.imshow(
+        shown, cmap=UNCERTAIN_MAP, vmin=0, vmax=1, alpha=0.85, interpolation="nearest", aspect="auto", origin="upper",
+        extent=(0, cut.width_mm, cut.height_mm, 0),
+    )  # fmt: skip
+
+
 def _draw_guides(axes: Axes, cut: _Cut, num_slices: int) -> None:
     """Where the other two planes cut this one, the name of the plane, and the scale bar."""
     for draw, position in ((axes.axhline, cut.guide_row_mm), (axes.axvline, cut.guide_column_mm)):
         draw(position, color=GUIDE, linewidth=0.7, alpha=0.7, linestyle=(0, (5, 4)))
-    _text(axes, 0.02, 0.98, f"{cut.plane.name}  {cut.index + 1}/{num_slices}", ha="left", va="top", size=9)
+    rimmed_text(axes, 0.02, 0.98, f"{cut.plane.name}  {cut.index + 1}/{num_slices}", ha="left", va="top", size=9)
     bar = scale_bar_mm(cut.width_mm)
     right, y = 0.97 * cut.width_mm, 0.95
     for width, colour in ((4.4, BACKGROUND), (2.2, FOREGROUND)):  # dark rim: the bar often lies over soft tissue
         ends = [right - bar, right]
         axes.plot(ends, [cut.height_mm * y] * 2, color=colour, linewidth=width, solid_capstyle="butt")
-    _text(axes, (right - bar / 2) / cut.width_mm, 1.0 - y + 0.015, f"{bar:g} mm", ha="center", va="bottom", size=8)
+    rimmed_text(
+        axes, (right - bar / 2) / cut.width_mm, 1.0 - y + 0.015, f"{bar:g} mm", ha="center", va="bottom", size=8
+    )
 
 
 def scale_bar_mm(width_mm: float) -> float:
@@ -314,105 +358,44 @@ def scale_bar_mm(width_mm: float) -> float:
 
 def _draw_letters(axes: Axes, cut: _Cut) -> None:
     """Side letters at the left and right edge."""
-    _text(axes, 0.015, 0.5, cut.plane.left, ha="left", va="center", size=11, weight="bold")
-    _text(axes, 0.985, 0.5, cut.plane.right, ha="right", va="center", size=11, weight="bold")
+    rimmed_text(axes, 0.015, 0.5, cut.plane.left, ha="left", va="center", size=11, weight="bold")
+    rimmed_text(axes, 0.985, 0.5, cut.plane.right, ha="right", va="center", size=11, weight="bold")
 
 
-def _draw_texts(figure: Figure, layout: _Layout, title: str) -> None:
+def _draw_texts(figure: Figure, layout: _Layout, title: str, maps: Sequence[str], has_confidence: bool) -> None:
     """Title, headings of the columns and the footer."""
+    headings = ["CT, lung window", *maps, *["Uncertainty: dark 0, bright 1"] * has_confidence]
     left = GAP_INCH / layout.width
-    figure.text(left, 1 - 0.1 / layout.height, title, va="top", size=13, weight="bold", **_style(FOREGROUND))
-    for column, heading in enumerate(("CT, lung window", "Tissue map", "Reference")[: layout.num_columns]):
+    figure.text(left, 1 - 0.1 / layout.height, title, va="top", size=13, weight="bold", **text_style(FOREGROUND))
+    for column, heading in enumerate(headings):
         centre = GAP_INCH + column * (layout.column + GAP_INCH) + layout.column / 2
         y = 1 - (TITLE_INCH - 0.02) / layout.height
-        figure.text(centre / layout.width, y, heading, ha="center", va="bottom", size=10, **_style(FAINT))
+        figure.text(centre / layout.width, y, heading, ha="center", va="bottom", size=10, **text_style(FAINT))
     window = f"Window: level {WINDOW_LEVEL_HU:g} HU, width {WINDOW_WIDTH_HU:g} HU".replace("-", "\u2212")
-    figure.text(left, 0.13 / layout.height, FOOTER, va="bottom", size=9, weight="bold", **_style(FOREGROUND))
-    figure.text(1 - left, 0.13 / layout.height, window, ha="right", va="bottom", size=8, **_style(FAINT))
+    figure.text(left, 0.13 / layout.height, FOOTER, va="bottom", size=9, weight="bold", **text_style(FOREGROUND))
+    figure.text(1 - left, 0.13 / layout.height, window, ha="right", va="bottom", size=8, **text_style(FAINT))
 
 
-def _draw_legend(figure: Figure, layout: _Layout, rows: Sequence[_LegendRow], *, lung_ml: float) -> None:
-    """Table of colours with mL and % of the lung, right of the panels; one more column for the reference's mL."""
-    from matplotlib.patches import Rectangle
-
+def _draw_side(
+    figure: Figure,
+    layout: _Layout,
+    maps: Sequence[np.ndarray],
+    voxel_ml: float,
+    num_lung: int,
+    histogram: Histogram | None,
+) -> None:
+    """Right of the panels: the table of colours, and below it the histogram where there is room."""
     height = layout.height - TITLE_INCH
     axes = figure.add_axes((1 - layout.legend / layout.width, 0, layout.legend / layout.width, height / layout.height))
     axes.set_axis_off()
     axes.set_xlim(0, layout.legend)
     axes.set_ylim(height, 0)
-    stops = (1.98, 2.72, 3.36)  # right edges of the number columns, in inches
-    y = 0.0
-
-    def line(cells: Sequence[str], name: str, colour: str, size: float, weight: str = "normal") -> None:
-        axes.text(0.42, y, name, va="center", size=size, weight=weight, **_style(colour))
-        for stop, cell in zip(stops, cells, strict=False):
-            axes.text(stop, y, cell, ha="right", va="center", size=size, weight=weight, **_style(colour))
-
-    y = 0.12
-    line(("mL", "% of lung", "ref. mL")[: layout.num_columns], "Tissue", FAINT, 8)
-    for row in rows:
-        y += LEGEND_STEP_INCH
-        swatch = tuple(channel / 255 for channel in row.colour)
-        axes.add_patch(Rectangle((0.12, y - 0.09), 0.2, 0.18, facecolor=swatch, edgecolor="none", antialiased=False))
-        share = f"{100 * row.ml[0] / lung_ml:.1f}" if lung_ml > 0 else "\u2013"
-        line([format_ml(row.ml[0]), share, *map(format_ml, row.ml[1:])], row.title, FOREGROUND, 9.5)
-    y += LEGEND_STEP_INCH
-    axes.plot([0.12, stops[layout.num_columns - 1]], [y - LEGEND_STEP_INCH / 2] * 2, color=FAINT, linewidth=0.6)
-    line([format_ml(lung_ml)], "Lung", FOREGROUND, 9.5, "bold")
-
-
-def format_ml(ml: float) -> str:
-    """Millilitres for people: whole from 100 on, else one decimal."""
-    return f"{ml:,.0f}" if ml >= 100 else f"{ml:.1f}"
-
-
-@dataclass(frozen=True)
-class _LegendRow:
-    """A line of the legend: name, sRGB colour, mL per label map."""
-
-    title: str
-    colour: tuple[int, int, int]
-    ml: tuple[float, ...]
-
-
-def _legend_rows(maps: Sequence[np.ndarray], voxel_ml: float) -> Iterator[_LegendRow]:
-    """Title, colour and mL per map: the five classes always, the others where a map holds them."""
-    volumes = [_label_ml(labels, voxel_ml) for labels in maps]
-    for tissue in Tissue:
-        ml = tuple(float(volume[tissue]) for volume in volumes)
-        if tissue in MIXTURE_TISSUES or any(ml):
-            yield _LegendRow(TISSUES[tissue].title, TISSUES[tissue].colour, ml)
-    ml = tuple(float(volume[UNCLASSIFIED]) for volume in volumes)
-    if any(ml):
-        yield _LegendRow("Unclassified", UNCLASSIFIED_COLOUR, ml)
-
-
-def _label_ml(labels: np.ndarray, voxel_ml: float) -> np.ndarray:
-    """mL per label id, float64 (256,); slice by slice, for bincount widens its input to 8 bytes a voxel."""
-    counts = np.zeros(256, dtype=np.int64)
-    for picture in labels:
-        counts += np.bincount(picture.ravel(), minlength=256)
-    return counts * voxel_ml
-
-
-def _colour_table() -> np.ndarray:
-    """RGBA per label id, uint8 (256, 4); transparent outside the lung and for unknown ids."""
-    table = np.zeros((256, 4), dtype=np.uint8)
-    for tissue, info in TISSUES.items():
-        alpha = HEALTHY_ALPHA if tissue is Tissue.HEALTHY else DISEASE_ALPHA
-        table[tissue] = (*info.colour, round(255 * alpha))
-    table[UNCLASSIFIED] = (*UNCLASSIFIED_COLOUR, round(255 * DISEASE_ALPHA))
-    return table
-
-
-def _style(colour: str) -> dict[str, Any]:
-    """Text properties that keep the picture independent of the user's matplotlib settings."""
-    return {"color": colour, "family": FONT, "parse_math": False}
-
-
-def _text(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
-    """Text over a picture at axes fractions, with a dark rim so that it stays readable on bright tissue."""
-    from matplotlib import patheffects
-
-    rim = [patheffects.withStroke(linewidth=2.0, foreground=BACKGROUND)]
-    axes.text(x, y, text, transform=axes.transAxes, path_effects=rim, **_style(FOREGROUND), **options)
+    end = draw_legend(axes, list(legend_rows(maps, voxel_ml)), num_maps=len(maps), lung_ml=num_lung * voxel_ml)
+    wide, tall = HISTOGRAM_INCH
+    bottom = height - end - 0.35 - tall
+    if histogram is not None and histogram.size and bottom > FOOTER_INCH + 0.2:
+        left = layout.width - layout.legend + 0.12
+        draw_histogram(
+            figure.add_axes((left / layout.width, bottom / layout.height, wide / layout.width, tall / layout.height)),
+            histogram,
+        )

@@ -19,7 +19,7 @@ from lungseg.store.verify import verify_store
 
 _PACKAGES = (
     "torch", "numpy", "scipy", "scikit-learn", "scikit-image", "h5py", "SimpleITK", "pydicom", "typer", "rich", "tqdm",
-    "safetensors", "matplotlib", "joblib",
+    "safetensors", "matplotlib", "pillow", "joblib",
 )  # fmt: skip
 _OPTIONAL = (
     (
@@ -29,6 +29,7 @@ _OPTIONAL = (
         "pip install 'lungseg[pyradiomics]' (needs a C++ compiler)",
     ),
     (PACKAGE, "lungmask", "preprocess --lung-mask lungmask", "pip install 'lungseg[lungmask]'"),
+    ("highdicom", "highdicom", "refine --dicom-seg", "pip install 'lungseg[dicomseg]'"),
     ("distributed", "distributed", "spreading cases over a cluster with dask", "pip install 'lungseg[cluster]'"),
 )
 

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.config.refine import RefineConfig
-from lungseg.errors import InputError
-from lungseg.report.overlays import preview_figure_png
-from lungseg.report.quantify import REGIONS, TRUNCATED, QuantityRow, quantification_csv, quantify
-from lungseg.scan.resample import resample_onto
-from lungseg.scan.volume import Geometry
+from lungseg.errors import InputError, UsageError
+from lungseg.report.quantity_tables import CaseQuantities, quantities_dict
+from lungseg.report.summary import CaseSummary, shares_table
 from lungseg.segmentation.compatibility import check_hu_compatibility
 from lungseg.segmentation.density import smooth_hu
 from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
 from lungseg.segmentation.sobel_fusion import posterior_labels, remove_small_components, sobel_diffusion_fusion
-from lungseg.stages.cohort import DONE, FAILED, SKIPPED, CaseReturn, StageResult, output_folder, run_cases
-from lungseg.store.atomic import write_bytes, write_text
+from lungseg.stages.case_maps import posterior_by_tissue, source_labels
+from lungseg.stages.cohort import DONE, FAILED, SKIPPED, CaseOutcome, StageResult, output_folder, run_cases
+from lungseg.stages.export import ExportOptions, dicom_series_by_identity, export_cases
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import make_provenance, write_artefact
-from lungseg.tissue import MIXTURE_TISSUES, OUTSIDE, tissue_by_name
+from lungseg.tissue import OUTSIDE
 
-EXPORT_SETTINGS = ("lower_bounds",)
+__all__ = ["refine", "source_labels"]
+
+EXPORT_SETTINGS = ("lower_bounds", "inspiration", "lobe_mask_labels", "resample_masks")
 """Settings that change what is exported, not the label maps."""
 
 
@@ -39,12 +39,39 @@ def refine(
     config: RefineConfig = RefineConfig(),
     *,
     export: Path | None = None,
+    lobe_mask: Path | None = None,
+    dicom_seg: bool = False,
+    source: Path | None = None,
+    posteriors: bool = False,
+    as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Write ``labels.<name>.h5`` for each clustered case.
 
-    With ``export``: ``<case_id>.nii.gz`` (tissue ids on the source scan's grid), ``<case_id>.png`` (three planes) and
-    ``quantification.csv`` (mL and % per tissue, left and right, density) in that folder.
+    Parameters
+    ----------
+    store : Store or path
+    config : RefineConfig
+    export : path, optional
+        Folder for ``<case_id>.nii.gz`` (tissue ids on the source scan's grid), ``<case_id>.png`` (three planes), the
+        numbers: ``quantification.csv`` (one line each), ``quantification-wide.csv`` (one line per region), ``.json``,
+        and names and colours of the labels: ``tissues.ctbl`` for 3D Slicer, ``tissues-itksnap.txt`` for ITK-SNAP.
+    lobe_mask : path, optional
+        Lobe mask of the one case, or a folder of masks named ``<case_id>``: numbers per lobe too.
+    dicom_seg : bool
+        Write ``<case_id>.seg.dcm`` too. Needs the DICOM series of the cases, and highdicom.
+    source : path, optional
+        Folder with those series. A case whose series is not there, or cannot be referred to, has failed; its other
+        files are written all the same.
+    posteriors : bool
+        Write ``posteriors/<case_id>-<tissue>.nii.gz`` too: percent, on the source scan's grid.
+    as_json : bool
+        The result's document holds what became of each case, and its numbers if they were exported.
+
+    Returns
+    -------
+    StageResult
+        With ``export`` ``values["quantities"]`` holds the numbers of each case.
 
     Raises
     ------
@@ -59,6 +86,17 @@ def refine(
         raise InputError(
             f"store {store.path} has no clustering '{config.name}': run lungseg cluster {store.path} first"
         )
+    if (lobe_mask or dicom_seg or posteriors) and not export:
+        raise UsageError("--lobe-mask, --dicom-seg and --posteriors belong to what --export DIR writes")
+    if dicom_seg != (source is not None):
+        raise UsageError("--dicom-seg and --source DICOM_DIR go together: a DICOM-SEG refers to the images of a series")
+    if lobe_mask and Path(lobe_mask).is_file() and len(case_ids) > 1:
+        raise UsageError(f"--lobe-mask: one file for {len(case_ids)} cases; give a folder of <case_id>.nii.gz")
+    options = ExportOptions(
+        lobe_mask=Path(lobe_mask) if lobe_mask else None,
+        dicom=dicom_series_by_identity(Path(source), store) if source else None,
+        posteriors=posteriors,
+    )
     folder = output_folder(Path(export)) if export else None
     outcomes = run_cases(
         _refine_one, case_ids, store, config, execution.overwrite,
@@ -66,17 +104,32 @@ def refine(
     )  # fmt: skip
     result = StageResult("refine", store.path, outcomes)
     if folder is None:
-        return result
-    done = result.complete()
-    whole = dataclasses.replace(execution, shard="")  # these are this shard's cases already
-    exported = run_cases(_export_one, done, store, config, folder, names=done, title="export", execution=whole)
-    rows = {outcome.case_id: outcome.value for outcome in exported if outcome.value is not None}
-    number = execution.shard.partition("/")[0]
-    table = folder / (f"quantification-{number}.csv" if number else "quantification.csv")
-    write_text(table, quantification_csv(rows))
+        return dataclasses.replace(result, document=_document(outcomes) if as_json else None)
+    exported = export_cases(store, result.complete(), config, folder, options, execution=execution)
     failed = {o.case_id: o for o in exported if o.status == FAILED}
     outcomes = tuple(failed.get(o.case_id, o) for o in outcomes)
-    return StageResult("refine", folder, outcomes, notes=(f"label maps, pictures and {table.name}: {folder}",))
+    quantities = {o.case_id: o.value for o in exported if o.value is not None}
+    return StageResult(
+        "refine",
+        folder,
+        outcomes,
+        tables=(shares_table([CaseSummary(case_id, found) for case_id, found in quantities.items()]),),
+        notes=(f"label maps, pictures and numbers: {folder}",),
+        values={"quantities": quantities},
+        document=_document(outcomes, quantities) if as_json else None,
+    )
+
+
+def _document(
+    outcomes: Sequence[CaseOutcome], quantities: Mapping[str, CaseQuantities] | None = None
+) -> dict[str, Any]:
+    """JSON types: what became of each case, and the numbers that were exported."""
+    cases = {
+        outcome.case_id: {"status": outcome.status, "message": outcome.message, "exit_code": outcome.exit_code}
+        for outcome in outcomes
+    }
+    numbers = {"quantification": quantities_dict(quantities)} if quantities is not None else {}
+    return {"stage": "refine", "cases": cases, **numbers}
 
 
 def _refine_one(case_id: str, store: Store, config: RefineConfig, overwrite: bool) -> tuple[str, str]:
@@ -103,7 +156,7 @@ def _labels(volume: Artefact, clusters: Artefact, config: RefineConfig) -> tuple
     """Tissue ids uint8 and confidence uint8 (0-255: posterior of the class shown) on the working grid."""
     image, mask = volume.read("image"), volume.read("mask") > 0
     token_size = int(clusters.provenance["token_size"])
-    posterior = _by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
+    posterior = posterior_by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
     coverage = clusters.read("coverage") > 0
     if not mask.any() or not coverage.any():
         return np.zeros(mask.shape, np.uint8), np.zeros(mask.shape, np.uint8)
@@ -131,14 +184,6 @@ def _labels(volume: Artefact, clusters: Artefact, config: RefineConfig) -> tuple
     return labels, _confidence(labels, posterior, token_size)
 
 
-def _by_tissue(posterior: np.ndarray, tissues: Sequence[str]) -> np.ndarray:
-    """Posterior per tissue, float32 (5, z, y, x) in the order of MIXTURE_TISSUES: the sum over components of a name."""
-    result = np.zeros((len(MIXTURE_TISSUES), *posterior.shape[1:]), dtype=np.float32)
-    for component, name in zip(posterior, tissues, strict=True):
-        result[MIXTURE_TISSUES.index(tissue_by_name(name))] += component
-    return result
-
-
 def _confidence(labels: np.ndarray, posterior: np.ndarray, token_size: int) -> np.ndarray:
     """Posterior of each voxel's label, 0 to 255; 0 outside the lung and where unclassified."""
     result = np.zeros(labels.shape, dtype=np.uint8)
@@ -149,76 +194,3 @@ def _confidence(labels: np.ndarray, posterior: np.ndarray, token_size: int) -> n
             mine = inside[part] == k + 1  # ids of MIXTURE_TISSUES are 1 to 5, in order
             view[part][mine] = np.round(255 * np.clip(values[k][mine], 0, 1)).astype(np.uint8)
     return result
-
-
-def source_labels(volume: Artefact, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Labels on the source scan's grid (cropped to the lungs), with its lungs and HU where the store has them.
-
-    On a finer source grid the rim of the lung can lie up to one working voxel beyond the labels: it takes the
-    nearest label, so that every lung voxel has one.
-    """
-    facts = volume.provenance
-    source = Geometry.from_dict(facts["source"]["grid"])
-    moved = resample_onto(labels, Geometry.from_dict(facts["grid"]), source, kind="mask", fill=OUTSIDE)
-    if "source/mask" not in volume:
-        return moved, None, None
-    lungs = volume.read("source/mask")
-    bare = (lungs > 0) & (moved == OUTSIDE)
-    if bare.any() and moved.any():
-        nearest = distance_transform_edt(moved == OUTSIDE, return_distances=False, return_indices=True)
-        moved[bare] = moved[tuple(axis[bare] for axis in nearest)]
-    moved[lungs == 0] = OUTSIDE
-    return moved, lungs, volume.read("source/image")
-
-
-def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path) -> CaseReturn:
-    """Write one case's label map and picture; gives back its rows of the table."""
-    from lungseg.scan.nifti import write_image
-
-    with store.open(case_id, "volume") as volume, store.open(case_id, "labels", config.name) as artefact:
-        artefact.require_input("volume.h5", volume.fingerprint)
-        labels = artefact.read("labels")
-        facts = volume.provenance
-        moved, lungs, image = source_labels(volume, labels)
-        full = Geometry.from_dict(facts["source"]["full_grid"])
-        whole = np.zeros(full.shape, dtype=np.uint8)
-        start = facts["source"]["crop_start"]
-        whole[tuple(slice(a, a + n) for a, n in zip(start, moved.shape, strict=True))] = moved
-        write_image(
-            folder / f"{case_id}.nii.gz",
-            whole,
-            full,
-            stored_axes=facts["source"]["stored_axes"],
-            stored_flips=facts["source"]["stored_flips"],
-        )
-        picture = preview_figure_png(
-            volume.read("image"),
-            labels,
-            volume.read("mask"),
-            spacing_mm=tuple(facts["grid"]["spacing_mm"]),
-            title=case_id,
-        )
-        write_bytes(folder / f"{case_id}.png", picture)
-        return DONE, "", _quantify_case(volume, config, labels, moved, lungs, image)
-
-
-def _quantify_case(
-    volume: Artefact,
-    config: RefineConfig,
-    labels: np.ndarray,
-    moved: np.ndarray,
-    lungs: np.ndarray | None,
-    image: np.ndarray | None,
-) -> list[QuantityRow]:
-    """Numbers on the source grid; without it densities stay blank and volumes come from the working grid."""
-    facts: dict[str, Any] = volume.provenance
-    # which lung is cut is not known
-    cut: dict[str, Any] = {
-        "truncated": REGIONS if TRUNCATED in facts.get("status", ()) else (),
-        "lower_bounds": config.lower_bounds,
-    }
-    if lungs is None:
-        grid = Geometry.from_dict(facts["grid"])
-        return quantify(labels, volume.read("mask"), None, voxel_ml=grid.voxel_ml, **cut)
-    source = Geometry.from_dict(facts["source"]["grid"])
-    return quantify(moved, lungs, image, voxel_ml=source.voxel_ml, **cut)

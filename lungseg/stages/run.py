@@ -17,6 +17,7 @@ from lungseg.config.fields import read_toml, to_dict
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.presets import DEFAULT_PRESET, PRESETS, make_config
 from lungseg.config.refine import RefineConfig
+from lungseg.config.report import ReportConfig
 from lungseg.config.run import RunConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
@@ -28,6 +29,7 @@ from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
 from lungseg.stages.preprocess import preprocess
 from lungseg.stages.refine import refine
+from lungseg.stages.report import report_pages
 from lungseg.stages.train_ddpm import train_ddpm
 from lungseg.store.cases import Store
 
@@ -55,9 +57,9 @@ def run(
 ) -> StageResult:
     """From scans to label maps, numbers and pictures in ``output``.
 
-    ``output/store`` is the patch store, ``output/results`` holds what ``refine --export`` writes, ``output/scores``
-    the evaluation if the manifest names references, and with ``train`` ``output/model`` the training run and
-    ``output/bundle.safetensors`` the model with its fit.
+    ``output/store`` is the patch store, ``output/results`` holds what ``refine --export`` writes, ``output/report`` the
+    pages of ``report``, ``output/scores`` the evaluation if the manifest names references, and with ``train``
+    ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit.
 
     Raises
     ------
@@ -86,10 +88,17 @@ def run(
     if not clustered.complete():
         return _merged(output, (prepared, clustered))
     refined = refine(store, plan.refine, export=output / "results", execution=execution)
-    if not any(store.case_file(case_id, "reference").exists() for case_id in store.case_ids()):
-        return _merged(output, (prepared, clustered, refined))
-    scored = evaluate(store, output / "scores", plan.evaluate, execution=execution)
-    return _merged(output, (prepared, clustered, refined), scored)
+    scored = None
+    if any(store.case_file(case_id, "reference").exists() for case_id in store.case_ids()):
+        scored = evaluate(store, output / "scores", plan.evaluate, execution=execution)
+    results = [prepared, clustered, refined]
+    if refined.complete():
+        pages = report_pages(
+            store, output / "report", plan.report, pictures=output, quantities=refined.values["quantities"],
+            execution=execution,
+        )  # fmt: skip
+        results.append(dataclasses.replace(pages, notes=(*refined.notes, *pages.notes)))
+    return _merged(output, results, scored)
 
 
 def _merged(output: Path, results: Sequence[StageResult], scored: StageResult | None = None) -> StageResult:
@@ -101,7 +110,7 @@ def _merged(output: Path, results: Sequence[StageResult], scored: StageResult | 
         "run",
         output,
         tuple(outcomes.values()),
-        tables=scored.tables if scored else (),
+        tables=(*results[-1].tables, *(scored.tables if scored else ())),
         notes=results[-1].notes,
         values=scored.values if scored else {},
     )
@@ -126,6 +135,7 @@ class Plan:
     cluster: ClusterConfig
     refine: RefineConfig
     evaluate: EvaluateConfig
+    report: ReportConfig
 
 
 def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
@@ -151,13 +161,17 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
 
     clustering = make(ClusterConfig, "cluster", seed=config.seed)
     labels = None if config.lung_mask_labels == AUTO else config.lung_mask_labels
+    refining = make(RefineConfig, "refine", name=clustering.name)
+    # the page says what the export says
+    same = {name: getattr(refining, name) for name in ("lower_bounds", "inspiration")}
     return Plan(
         make(PreprocessConfig, "preprocess", salt=config.salt or None, lung_mask_labels=labels),
         make(RadiomicsConfig, "extract-radiomics", seed=config.seed),
         make(TrainConfig, "train-ddpm", seed=config.seed),
         clustering,
-        make(RefineConfig, "refine", name=clustering.name),
+        refining,
         make(EvaluateConfig, "evaluate", names=(clustering.name,), seed=config.seed),
+        make(ReportConfig, "report", name=clustering.name, **same),
     )
 
 

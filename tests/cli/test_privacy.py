@@ -7,8 +7,10 @@ The one place that may name a file is standard error about a scan that cannot be
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
+import re
 import stat
 import struct
 import zipfile
@@ -27,7 +29,8 @@ from pydicom.dataset import Dataset
 from typer.testing import CliRunner
 
 from lungseg.cli.app import app
-from lungseg.scan.dicom import write_dicom_series
+from lungseg.scan.dicom import find_series, read_series, write_dicom_series
+from lungseg.scan.dicom_seg_write import write_segmentation
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.store.cases import Store, read_id_map
 
@@ -222,6 +225,9 @@ def unpacked(path: Path) -> Iterator[bytes]:
             visit("/", file)
             file.visititems(visit)
         yield b"\n".join(found)
+    elif path.suffix == ".html":
+        for data in re.findall(rb"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)", raw):
+            yield base64.b64decode(data)
     elif zipfile.is_zipfile(path):  # a training checkpoint
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -273,6 +279,8 @@ def test_the_search_finds_what_it_must(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
     (tmp_path / "d.nii.gz").write_bytes(gzip.compress(b"\0" * 148 + CANARY.encode()))
     (tmp_path / "e.csv").write_text(f"case,{BIRD_DATE}\n", encoding="utf-8")
+    picture = base64.b64encode(b"\xff\xd8\xff\xfe" + CANARY.encode()).decode()
+    (tmp_path / "f.html").write_text(f'<img src="data:image/jpeg;base64,{picture}">', encoding="utf-8")
     for path in tmp_path.iterdir():
         with pytest.raises(AssertionError):
             assert_clean_files(path)
@@ -398,6 +406,7 @@ def test_canaries_reach_nothing_that_the_whole_pipeline_makes(scans: Path, tmp_p
              "--id-map", ids, "-v"),
         call("refine", out / "store", "--export", tmp_path / "export", "--overwrite", "-v"),
         call("evaluate", out / "store", "-o", tmp_path / "scores"),
+        call("report", out, "-o", tmp_path / "report", "--num-slices", "4", "--width-px", "96", "-v"),
         call("synthesize", out / "model", "-o", tmp_path / "synthetic", "--num", "2", "--steps", "2"),
         call("info", out / "store"), call("info", out / "bundle.safetensors"), call("doctor", out / "store"),
     ]  # fmt: skip
@@ -405,12 +414,44 @@ def test_canaries_reach_nothing_that_the_whole_pipeline_makes(scans: Path, tmp_p
         assert_clean_text(result.stdout, what="standard output")
         assert_clean_text(result.stderr, what="standard error")
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert {".h5", ".json", ".jsonl", ".safetensors", ".pt", ".png", ".csv", ".gz", ".md"} <= suffixes
-    assert assert_clean_files(out, tmp_path / "export", tmp_path / "scores", tmp_path / "synthetic") > 20
+    assert {".h5", ".json", ".jsonl", ".safetensors", ".pt", ".png", ".csv", ".gz", ".md", ".html"} <= suffixes
+    made = [tmp_path / name for name in ("export", "scores", "synthetic", "report")]
+    assert assert_clean_files(out, *made) > 25
     exported = (tmp_path / "export" / "case-2.nii.gz").read_bytes()
     header = gzip.decompress(exported)[:348]
     assert not header[148:252].strip(b"\0")  # descrip and aux_file stay blank
     assert not header[4:32].strip(b"\0")
+
+
+def test_a_dicom_seg_carries_of_the_patient_what_the_standard_asks_for_and_no_more(
+    scans: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Type 1 and 2 of the patient and study, so that an archive files it with its images; asked for by --dicom-seg."""
+    pytest.importorskip("highdicom", reason="extra 'dicomseg' is not installed")
+    (series,) = find_series(next(scans.iterdir())).series
+    volume = read_series(series)
+    labels = np.where(volume.array < -700, 1, 0).astype(np.uint8)
+    path = tmp_path / "case-1.seg.dcm"
+    write_segmentation(
+        path, labels, volume.geometry, series, series.files,
+        stored_axes=volume.stored_axes, stored_flips=volume.stored_flips,
+    )  # fmt: skip
+    found = pydicom.dcmread(path)
+    of_patient_and_study = {
+        "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime",
+        "StudyID", "AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "PositionReferenceIndicator",
+    }  # fmt: skip
+    of_images = {"ReferencedSOPInstanceUID", "SeriesInstanceUID"}  # UIDs of what it refers to
+    seen = set()
+    for element in (*found.file_meta, *found.iterall()):
+        text = f"{element.value!r}" if element.VR != "SQ" else ""
+        if any(canary in text for canary in CANARIES):
+            seen.add(element.keyword)
+    assert seen <= of_patient_and_study | of_images, seen
+    assert {"PatientName", "PatientID", "StudyInstanceUID"} <= seen
+    assert CANARY.encode() not in path.read_bytes()[:128]  # the preamble
+    for warning in recwarn:
+        assert_clean_text(str(warning.message), what="a warning")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lungseg.errors import InputError
+from lungseg.report.density import Histogram
 from lungseg.report.overlays import disease_focus, format_ml, preview_figure_png, scale_bar_mm
 from lungseg.tissue import TISSUES, Tissue
 
@@ -127,6 +128,29 @@ def test_the_reference_adds_a_column():
     assert beside.shape[1] > alone.shape[1] + 300
     assert count(alone, blended(Tissue.CONSOLIDATION, -600, 0.55), tolerance=3) == 0
     assert count(beside, blended(Tissue.CONSOLIDATION, -600, 0.55), tolerance=3) > 2000
+
+
+def test_uncertainty_adds_a_column_and_the_histogram_its_thresholds():
+    hu, _, lungs = phantom()
+    sure = np.where(lungs > 0, 255, 0).astype(np.uint8)
+    doubtful = np.where(lungs > 0, 0, 0).astype(np.uint8)
+    alone, with_sure = pixels(render()), pixels(render(confidence=sure))
+    assert with_sure.shape[0] == alone.shape[0]
+    assert with_sure.shape[1] > alone.shape[1] + 300
+    # magma ends in a pale yellow (252, 253, 191), here over CT of -850 HU at an opacity of 0.85
+    pale = tuple(round(0.85 * channel + 0.15 * 255 * (-850 + 1350) / 1500) for channel in (252, 253, 191))
+    assert count(pixels(render(confidence=doubtful)), pale, tolerance=4) > 2000
+    assert count(with_sure, pale, tolerance=4) < 20
+    values, counts = np.unique(hu[lungs > 0], return_counts=True)
+    drawn = render(histogram=Histogram(values.astype(float), counts))
+    changed = (pixels(drawn) != alone).any(axis=-1)
+    rows, columns = np.nonzero(changed)
+    assert columns.min() > alone.shape[1] - 2.9 * 110, "in the column of the legend"
+    orange = (np.abs(pixels(drawn)[rows, columns] - np.array([255, 157, 46])) <= 40).all(axis=-1)
+    assert orange.sum() > 100, "threshold lines"
+    assert drawn == render(histogram=Histogram(values.astype(float), counts))
+    with pytest.raises(InputError, match="one 3-D shape"):
+        render(confidence=sure[1:])
 
 
 def test_panels_keep_the_aspect_of_the_patient():

@@ -53,6 +53,7 @@ def test_every_stage_leaves_its_artefact(finished: Path) -> None:
         }  # fmt: skip
     assert {path.name for path in (finished / "results").iterdir()} == {
         *(f"{c}.nii.gz" for c in CASES), *(f"{c}.png" for c in CASES), "quantification.csv",
+        "quantification-wide.csv", "quantification.json", "tissues.ctbl", "tissues-itksnap.txt",
     }  # fmt: skip
     assert {path.name for path in (finished / "scores").iterdir()} == {
         "cases.csv", "summary.json", "table.md", "table.tex", "boxplot.png", "worst.html",

@@ -27,7 +27,15 @@ def test_run_trains_on_the_given_scans_and_scores(manifest: Path, tmp_path: Path
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "bundle.safetensors").is_file()
-    assert {p.suffix for p in (tmp_path / "out" / "results").iterdir()} == {".gz", ".png", ".csv"}
+    assert {p.suffix for p in (tmp_path / "out" / "results").iterdir()} == {
+        ".gz",
+        ".png",
+        ".csv",
+        ".json",
+        ".ctbl",
+        ".txt",
+    }
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
     assert "HD95" in result.output
     assert "consolidation" in (tmp_path / "out" / "scores" / "table.md").read_text(encoding="utf-8")
 
@@ -177,7 +185,7 @@ def test_dry_run_shows_the_settings_of_every_stage(finished: Path, manifest: Pat
     result = CliRunner().invoke(app, [*arguments, "--dry-run", "--seed", "5"])
     assert result.exit_code == 0, result.output
     stages = json.loads(result.output)["stages"]
-    assert set(stages) == {"preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate"}
+    assert set(stages) == {"preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate", "report"}
     assert stages["preprocess"]["spacing_mm"] == 2.0
     assert stages["cluster"]["components"] == 8
     assert stages["evaluate"]["seed"] == 5

@@ -1,0 +1,190 @@
+"""The page of a cohort: which scan is worst and why, in one table that can be sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lungseg.report.charts import legend_list, tissue_bar
+from lungseg.report.html import Markup, data_uri, document, joined, tag, void_tag
+from lungseg.report.summary import DISEASE, TITLES, CaseSummary, ranked
+
+BLANK = "\u2013"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A sortable column of numbers."""
+
+    metric: str
+    title: str
+    explained: str
+    digits: int
+
+
+RANKED_BY = "affected_pct"
+COLUMNS = (
+    Column(
+        RANKED_BY, "Affected %", "Share of the lung that the map calls abnormal, or LAA-950 where the map misses it", 0
+    ),
+    *(Column(f"{name}_pct", f"{TITLES[name]} %", f"Share of the lung: {TITLES[name].lower()}", 1) for name in DISEASE),
+    Column("volume_ml", "Lung mL", "Volume of both lungs", 0),
+    Column("mld_hu", "Mean HU", "Mean lung density", 0),
+    Column("laa950_pct", "LAA-950 %", "Lung at or below -950 HU (emphysema index)", 1),
+)
+
+
+RARE_METRICS = ("cavity_pct",)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of another stage, shown at the end of the page."""
+
+    title: str
+    png: bytes
+
+
+def cohort_page(
+    summaries: Sequence[CaseSummary],
+    *,
+    title: str,
+    left_out: Mapping[str, str] | None = None,
+    pictures: Sequence[Picture] = (),
+    provenance: Sequence[tuple[str, str]] = (),
+) -> str:
+    """HTML of the whole cohort.
+
+    Parameters
+    ----------
+    summaries : sequence of CaseSummary
+        In any order: the table starts with the most affected scan.
+    title : str
+    left_out : mapping of case id to reason
+        Scans without a map, and why.
+    pictures : sequence of Picture
+        Of training and evaluation.
+    provenance : sequence of (name, value)
+        How the maps were made.
+    """
+    order = ranked(summaries)
+    body = [
+        tag("header", tag("h1", title), tag("p", _count(len(order)), class_="sub")),
+        tag("main", *_main(order, left_out or {}, pictures, provenance)),
+    ]
+    return document(title, body)
+
+
+def _count(number: int) -> str:
+    return "1 scan" if number == 1 else f"{number} scans"
+
+
+def _main(
+    order: Sequence[CaseSummary],
+    left_out: Mapping[str, str],
+    pictures: Sequence[Picture],
+    provenance: Sequence[tuple[str, str]],
+) -> list[Markup]:
+    parts = []
+    if order:
+        parts.append(_worst(order[0], several=len(order) > 1))
+        parts += [tag("h2", "All scans"), legend_list(_shown_tissues(order)), _table(order)]
+    if left_out:
+        rows = [tag("li", tag("strong", case_id), f": {reason}") for case_id, reason in sorted(left_out.items())]
+        parts += [tag("h2", "Scans without a map"), tag("ul", *rows)]
+    if pictures:
+        figures = [
+            tag("figure", void_tag("img", src=data_uri(p.png, "png"), alt=p.title), tag("figcaption", p.title))
+            for p in pictures
+        ]
+        parts += [tag("h2", "Training and evaluation"), tag("div", *figures, class_="figures")]
+    parts += [tag("h2", "How the numbers were made"), _explanation(), definition_list(provenance)]
+    return parts
+
+
+def _worst(summary: CaseSummary, *, several: bool) -> Markup:
+    """The scan to look at first, and why."""
+    heading = "Most affected scan" if several else "The scan"
+    picture = void_tag("img", src=data_uri(summary.thumbnail, "jpeg"), alt=f"Slice of {summary.case_id}")
+    words = [tag("p", tag("a", summary.case_id, href=summary.page, class_="case"), " ", summary.finding, class_="say")]
+    words.append(tissue_bar(summary))
+    if summary.cautions:
+        words.append(tag("p", "Before you use its numbers: ", "; ".join(summary.cautions), ".", class_="caution"))
+    return tag("section", tag("a", picture, href=summary.page), tag("div", tag("h2", heading), *words), class_="worst")
+
+
+def _shown_tissues(summaries: Sequence[CaseSummary]) -> list[str]:
+    """Tissues that any scan has."""
+    return [name for name in TITLES if any(summary.value(f"{name}_ml") for summary in summaries)]
+
+
+def _table(order: Sequence[CaseSummary]) -> Markup:
+    # a cavity is rare: its column is there when any scan has one
+    columns = [c for c in COLUMNS if c.metric not in RARE_METRICS or any(s.value(c.metric) for s in order)]
+    headings = [tag("th", "Picture", scope="col"), _heading("Scan", "Name of the scan", text=True)]
+    headings += [tag("th", "Tissues", scope="col", class_="wide")]
+    headings += [_heading(c.title, c.explained, sorted_now=c.metric == RANKED_BY) for c in columns]
+    headings += [_heading("Look out", "Things to know before the numbers are used")]
+    rows = [tag("tr", *_cells(summary, columns)) for summary in order]
+    table = tag("table", tag("thead", tag("tr", *headings)), tag("tbody", *rows), id="cases")
+    return tag("div", table, class_="scroll")
+
+
+def _heading(title: str, explained: str, *, text: bool = False, sorted_now: bool = False) -> Markup:
+    button = tag("button", title, type="button", title=explained, data_text=text or None)
+    return tag("th", button, scope="col", aria_sort="descending" if sorted_now else "none")
+
+
+def _cells(summary: CaseSummary, columns: Sequence[Column]) -> list[Markup]:
+    picture = void_tag("img", src=data_uri(summary.thumbnail, "jpeg"), alt="", loading="lazy")
+    cells = [
+        tag("td", tag("a", picture, href=summary.page, tabindex=-1, aria_hidden="true"), class_="picture"),
+        tag(
+            "th", tag("a", summary.case_id, href=summary.page), tag("p", summary.finding, class_="why"),
+            tag("p", summary.acquisition, class_="why"), scope="row", data_value=summary.case_id,
+        ),
+        tag("td", tissue_bar(summary), class_="wide"),
+    ]  # fmt: skip
+    for column in columns:
+        value, status = summary.value(column.metric), summary.status(column.metric)
+        if column.metric == RANKED_BY:
+            value, status = summary.affected_pct, summary.status("abnormal_pct")
+        shown = f"{value:,.{column.digits}f}".replace("-", "\u2212") if value is not None else BLANK
+        cells.append(
+            tag(
+                "td", shown, data_label=column.title, data_value="" if value is None else f"{value:.6g}",
+                title=None if status == "ok" else status, class_="number",
+            )
+        )  # fmt: skip
+    cautions = summary.cautions
+    cells.append(
+        tag(
+            "td", tag("details", tag("summary", len(cautions)), "; ".join(cautions)) if cautions else BLANK,
+            data_label="Look out", data_value=len(cautions), class_="cautions",
+        )
+    )  # fmt: skip
+    return cells
+
+
+def _explanation() -> Markup:
+    return joined(
+        (
+            tag(
+                "p",
+                "The map gives each voxel of the lung one tissue; nobody annotated these scans. Abnormal is all lung "
+                "that is neither healthy nor unclassified. Scans are ranked by that share, or by LAA-950 where it says "
+                "emphysema (10 % or more) and the map shows less than half of it. Densities are counted on the scan's "
+                "own voxels as ChestImagingPlatform defines them and are not corrected for kernel, dose or breath.",
+            ),
+            tag(
+                "p",
+                f"A number that cannot be had is left blank ({BLANK}) and says why when it is pointed at. All numbers "
+                "of all regions: quantification.csv.",
+            ),
+        )
+    )
+
+
+def definition_list(pairs: Sequence[tuple[str, str]]) -> Markup:
+    """Names and values, one line each."""
+    return tag("dl", *(joined((tag("dt", name), tag("dd", value))) for name, value in pairs), class_="facts")
