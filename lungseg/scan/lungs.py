@@ -15,7 +15,8 @@ from scipy import ndimage
 from lungseg.errors import InputError
 from lungseg.scan.lungs_airway import find_airway
 from lungseg.scan.lungs_grid import axis_weights, coarsen, spread
-from lungseg.scan.lungs_sides import fill_each, split_sides
+from lungseg.scan.lungs_dense import CoarseScan, fill_each
+from lungseg.scan.lungs_sides import split_sides
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 COARSE_MM = 2.0
@@ -28,6 +29,8 @@ OUTSIDE_HU = -930.0
 GAS_HU = -930.0
 GAS_SHARE = 0.90
 """Bowel and stomach hold gas only: nearly all of their inside is below ``GAS_HU``. Lungs hold vessels."""
+GAS_RIM_MM = 6.0
+"""Outer layer of a piece of air that does not count: partial volume, wider in thick slices."""
 MIN_AREA_MM2 = 700.0
 """A lung reaches this area in at least one slice."""
 MIN_SHARE = 0.06
@@ -37,7 +40,11 @@ MIN_SUPPORT = 0.3
 ENCLOSED_SHARE = 0.4
 """Share of the columns (along y) of a lung with body on both sides; gaps between patient and table have few."""
 SOFT_HU = 180.0
-"""Half-width of the ramp around ``AIR_HU`` by which the border is placed between coarse voxels."""
+"""Half-width of the ramp by which the border is placed between coarse voxels."""
+TISSUE_HU = 40.0
+NEAR_BY_MM = 5.0
+HALFWAY_RANGE_HU = (-460.0, -280.0)
+"""The border lies halfway between soft tissue and the lung near by, within this range."""
 SMALL_LITRES, LARGE_LITRES = 1.0, 9.0
 TRUNCATED_SHARE = 0.25
 """Lung area on the first or last slice, against the largest of all slices, from which the lung counts as cut."""
@@ -89,7 +96,7 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
     if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise InputError(f"spacing must be strictly positive and finite, not {spacing_mm} mm")
     coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, COARSE_MM)
-    sides, filled = _coarse_lungs(coarse_hu, coarse_mm)
+    sides, filled = _coarse_lungs(coarse_hu, coarse_mm, spacing_mm)
     if not sides.any():
         empty = np.zeros(volume_hu.shape, dtype=np.uint8)
         return LungField(empty, 0.0, float("nan"), ("no lung found: is this a CT of the chest in HU?",))
@@ -97,7 +104,7 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
         axis_weights(n, step, m, s)
         for n, step, m, s in zip(volume_hu.shape, spacing_mm, coarse_hu.shape, coarse_mm, strict=True)
     ]
-    soft = _soft_share(coarse_hu, sides, filled)
+    soft = _soft_share(coarse_hu, sides, filled, coarse_mm)
     labels = np.zeros(volume_hu.shape, dtype=np.uint8)
     total, count = 0.0, 0
     planes = zip(*(spread(np.where(_nearest(sides, side), soft, 0.0), weights) for side in _SIDES), strict=True)
@@ -114,18 +121,21 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
 _SIDES = (LUNG_LEFT, LUNG_RIGHT)
 
 
-def _coarse_lungs(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+def _coarse_lungs(
+    hu: np.ndarray, spacing_mm: tuple[float, float, float], source_mm: tuple[float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Side labels (1 left, 2 right) on the coarse grid, and the voxels that the closing added."""
     smooth = ndimage.gaussian_filter(hu, 0.8 / np.asarray(spacing_mm), truncate=3.0)
     body = _thick(smooth > BODY_HU, spacing_mm)
     air = _inside_air(smooth, body)
-    airway = find_airway(hu, air, spacing_mm)
+    airway = find_airway(hu, air, spacing_mm, pixel_mm=max(source_mm[1:]))
     candidates = _lung_components(smooth, air & ~airway, body, spacing_mm)
     sides = np.zeros(hu.shape, dtype=np.uint8)
     if not candidates.any():
         return sides, candidates
     sides = split_sides(candidates, hu, airway, spacing_mm)
-    closed = fill_each(sides, hu, airway, spacing_mm)
+    outside = (smooth < AIR_HU) & ~air
+    closed = fill_each(sides, CoarseScan(hu, smooth, air, outside, airway, spacing_mm, source_mm[0]))
     return closed, (closed > 0) & (sides == 0)
 
 
@@ -188,9 +198,7 @@ def _lung_components(
         mask = pieces[box] == piece
         if mask.sum(axis=(1, 2)).max() * pixel < MIN_AREA_MM2:
             continue
-        inner = ndimage.binary_erosion(mask, np.ones((1, 3, 3), dtype=bool), iterations=2)
-        core = inner if inner.any() else mask
-        if float((smooth[box][core] < GAS_HU).mean()) > GAS_SHARE:
+        if _is_gas(mask, smooth[box], spacing_mm):
             continue
         shell = ndimage.binary_dilation(mask, iterations=2) & ~mask
         if float(body[box][shell].mean()) < MIN_SUPPORT or not _is_enclosed(
@@ -201,6 +209,14 @@ def _lung_components(
         largest = max(largest, int(sizes[piece]))
     kept: np.ndarray = keep[pieces]
     return kept
+
+
+def _is_gas(mask: np.ndarray, smooth: np.ndarray, spacing_mm: tuple[float, float, float]) -> bool:
+    """Whether the inside of a piece of air is empty: bowel, stomach. Its outer layer is partial volume."""
+    depth = ndimage.distance_transform_edt(np.pad(mask, ((1, 1), (0, 0), (0, 0)), mode="edge"), sampling=spacing_mm)
+    depth = depth[1:-1]
+    core = depth > min(GAS_RIM_MM, 0.5 * float(depth.max()))
+    return float((smooth[core] < GAS_HU).mean()) > GAS_SHARE
 
 
 def _is_enclosed(mask: np.ndarray, body: np.ndarray, start_y: int) -> bool:
@@ -222,19 +238,26 @@ def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: int = 3) -> t
     return tuple(slice(max(s.start - by, 0), min(s.stop + by, n)) for s, n in zip(box, shape, strict=True))
 
 
-def _soft_share(hu: np.ndarray, sides: np.ndarray, filled: np.ndarray) -> np.ndarray:
+def _soft_share(
+    hu: np.ndarray, sides: np.ndarray, filled: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
     """Lung share of coarse voxels, so that its level 0.5 is the surface between them.
 
-    At a surface that the threshold found, the share follows the HU (partial volume); at one that the closing made
-    it is 0 or 1. Voxels beside the lung take part only if they are next to threshold lung.
+    At a surface that the threshold found, the share follows the HU (partial volume) and is 0.5 halfway between the
+    lung near by and soft tissue; at one that the closing made it is 0 or 1. Voxels beside the lung take part only if
+    they are next to threshold lung.
     """
-    share = np.clip(0.5 + (AIR_HU - hu) / (2.0 * SOFT_HU), 0.0, 1.0)
     lung = sides > 0
     aerated = lung & ~filled
+    sigma = NEAR_BY_MM / np.asarray(spacing_mm)
+    amount = ndimage.gaussian_filter(aerated.astype(np.float32), sigma, truncate=2.0)
+    near_hu = ndimage.gaussian_filter(np.where(aerated, hu, 0.0).astype(np.float32), sigma, truncate=2.0)
+    halfway = np.clip((near_hu / np.maximum(amount, 1e-3) + TISSUE_HU) / 2.0, *HALFWAY_RANGE_HU)
+    share = np.clip(0.5 + (halfway - hu) / (2.0 * SOFT_HU), 0.0, 1.0)
     beside = ndimage.binary_dilation(aerated, iterations=1) & ~lung
     near_fill = ndimage.binary_dilation(filled, iterations=1)
     inner = ndimage.binary_erosion(lung, iterations=1, border_value=1)
-    soft = np.where(aerated, np.maximum(share, 0.5), np.where(beside, np.minimum(share, 0.49), 0.0))
+    soft = np.where(aerated, share, np.where(beside, np.minimum(share, 0.49), 0.0))
     soft = np.where(inner | filled | (aerated & near_fill), 1.0, soft)
     return soft.astype(np.float32)
 

@@ -20,10 +20,12 @@ LEAK_ML = 12.0
 BRONCHUS_RADIUS_MM = 2.6
 """Parts thinner than this are bronchi inside the lung and stay there."""
 WALL_MM = 2.2
-"""The wall, taken out with the lumen."""
+"""The wall, taken out with the lumen; at least one voxel of the scan, which blurs the wall."""
 
 
-def find_airway(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+def find_airway(
+    hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float], *, pixel_mm: float = 0.0
+) -> np.ndarray:
     """Trachea and main bronchi with their wall, bool; empty if no trachea is seen.
 
     Parameters
@@ -34,6 +36,8 @@ def find_airway(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float,
         Air inside the body.
     spacing_mm
         Voxel size.
+    pixel_mm
+        Pixel size of the scan itself.
     """
     seed = _trachea(hu, air, spacing_mm)
     if not seed.any():
@@ -45,7 +49,7 @@ def find_airway(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float,
     thick = np.isin(pieces, ids[ids > 0])
     reach = ndimage.distance_transform_edt(~thick, sampling=spacing_mm)
     lumen = grown & (reach <= BRONCHUS_RADIUS_MM + 1.0)
-    wall: np.ndarray = ndimage.distance_transform_edt(~lumen, sampling=spacing_mm) <= WALL_MM
+    wall: np.ndarray = ndimage.distance_transform_edt(~lumen, sampling=spacing_mm) <= max(WALL_MM, pixel_mm)
     return wall
 
 
