@@ -20,6 +20,8 @@ from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 COSTAL_CLOSING_MM = 70.0
 """Radius at the chest wall, where a lung is convex: it cuts w^2 / 2R off a gap of half-width w, 1.6 mm for w = 15 mm
 (more where the wall is curved)."""
+DIAPHRAGM_MM = 30.0
+"""The diaphragm is looked for this far from the middle of the chest: nearer there are heart and great vessels."""
 DIAPHRAGM_CLOSING_MM = 30.0
 """Radius elsewhere but at the mediastinum; a dome of the diaphragm is at least twice as wide."""
 MEDIAL_CLOSING_MM = 8.0
@@ -92,7 +94,7 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
     spacing_mm = scan.spacing_mm
     half = HalfGrid(sides.shape, spacing_mm)
     rays = Rays.around(sides, spacing_mm)
-    forbidden = scan.airway | (scan.hu > BONE_HU)
+    forbidden = scan.airway | (scan.hu > BONE_HU) | _behind_spine(rays, scan.hu)
     traces = _traces(sides, scan)
     skin = half.up(_distance_from(half.down(scan.outside), half.spacing_mm) <= SKIN_MM)
     gas = _gas(sides, scan)
@@ -103,8 +105,7 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
             continue
         near = close(lung, MEDIAL_CLOSING_MM, spacing_mm)
         for _ in range(TRACE_PASSES):
-            reach = rays.outermost(near)
-            ribs = rays.ribs(scan.hu, reach, spacing_mm)
+            reach, ribs = _wall(rays, near, scan)
             mine = traces & _trace_region(near, sides, side, half, rays, (reach, ribs), skin, scan) & ~near
             mine &= ~(gas & _below(lung))
             if not mine.any():
@@ -112,13 +113,14 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
             share = ndimage.gaussian_filter(
                 mine.astype(np.float32), TRACE_SIGMA_MM / np.asarray(spacing_mm), truncate=2.5
             )
-            joined = half.close(near | mine, TRACE_CLOSING_MM) & (share > TRACE_SHARE)
+            joined = half.close(near | mine, TRACE_CLOSING_MM) & (share > TRACE_SHARE) & _between(rays, -1.0, ribs) & ~forbidden
             near = close(near | joined, MEDIAL_CLOSING_MM, spacing_mm)
-        reach = rays.outermost(near)
-        ribs = rays.ribs(scan.hu, reach, spacing_mm)
+        reach, ribs = _wall(rays, near, scan)
         added = near.copy()
         if sides.shape[0] * spacing_mm[0] >= MIN_HEIGHT_MM:
-            added |= half.close(near, DIAPHRAGM_CLOSING_MM) & ~_is_medial(near, side)
+            over = half.close(near, DIAPHRAGM_CLOSING_MM)
+            lateral = rays.across_mm * (1.0 if side == LUNG_LEFT else -1.0)
+            added |= over & _below(near) & ~_below(near[::-1])[::-1] & (lateral > DIAPHRAGM_MM)
         wall = np.where(ribs < reach + MAX_DEPTH_MM, ribs, reach)  # else liver, heart or neck lie between
         costal = _between(rays, reach, wall if np.isfinite(ribs).any() else reach + MAX_DEPTH_MM)
         added |= half.close(near, COSTAL_CLOSING_MM) & costal & _lateral(near, side)
@@ -176,9 +178,7 @@ def _trace_region(
     """
     reach, ribs = wall
     beside = _between(rays, reach, np.where(np.isfinite(ribs), np.minimum(reach + COSTAL_REACH_MM, ribs), 0.0))
-    base = rays.carried_down(reach, BASE_OVER_MM, scan.spacing_mm)
-    base_ribs = rays.ribs(scan.hu, base - BASE_SLACK_MM, scan.spacing_mm)
-    band = _between(rays, base_ribs - BASE_BAND_MM, np.where(np.isfinite(base) & np.isfinite(base_ribs), base_ribs, 0.0))
+    band = _between(rays, ribs - BASE_BAND_MM, np.where(np.isfinite(ribs), ribs, 0.0))
     lateral = rays.across_mm * (1.0 if side == LUNG_LEFT else -1.0)
     beside |= band & rays.is_behind & (lateral > SPINE_MM) & ~skin
     if (sides == LUNG_LEFT).any() and (sides == LUNG_RIGHT).any():
@@ -193,10 +193,29 @@ def _distance_from(mask: np.ndarray, spacing_mm: Spacing) -> np.ndarray:
     return distance
 
 
-def _between(rays: Rays, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _wall(rays: Rays, lung: np.ndarray, scan: CoarseScan) -> tuple[np.ndarray, np.ndarray]:
+    """Outermost lung and inner side of the ribs on each ray, (Z, NUM_RAYS) both; inf where there is none.
+
+    The ribs are looked for from the outermost lung of the slice or near that of the slices above.
+    """
+    reach = rays.outermost(lung)
+    above = rays.carried_down(reach, BASE_OVER_MM, scan.spacing_mm) - BASE_SLACK_MM
+    begin = np.where(np.isfinite(reach), np.maximum(reach, above), above)
+    return reach, rays.ribs(scan.hu, begin, scan.spacing_mm)
+
+
+def _behind_spine(rays: Rays, hu: np.ndarray) -> np.ndarray:
+    """The spine and what lies behind it, near the middle of the chest."""
+    bone = (hu > BONE_HU) & rays.is_behind & (np.abs(rays.across_mm) < SPINE_MM)
+    behind: np.ndarray = np.logical_or.accumulate(bone, axis=1)
+    return behind
+
+
+def _between(rays: Rays, low: np.ndarray | float, high: np.ndarray) -> np.ndarray:
     """Voxels between two radii (Z, NUM_RAYS) of their ray, bool (Z, Y, X)."""
-    result = np.empty((len(low), *rays.index.shape), dtype=bool)
-    for z in range(len(low)):
+    low = np.broadcast_to(low, high.shape)
+    result = np.empty((len(high), *rays.index.shape), dtype=bool)
+    for z in range(len(high)):
         result[z] = (rays.radius_mm > low[z][rays.index]) & (rays.radius_mm < high[z][rays.index])
     return result
 
@@ -208,11 +227,3 @@ def _lateral(lung: np.ndarray, side: int) -> np.ndarray:
     lateral = np.logical_or.accumulate(order, axis=1)
     result: np.ndarray = (lateral if side == LUNG_LEFT else lateral[:, ::-1])[:, None, :]
     return result
-
-
-def _is_medial(lung: np.ndarray, side: int) -> np.ndarray:
-    """Voxels that have lung of this side laterally but none medially on their row."""
-    from_right = np.logical_or.accumulate(lung, axis=2)
-    from_left = np.logical_or.accumulate(lung[:, :, ::-1], axis=2)[:, :, ::-1]
-    medial: np.ndarray = from_left & ~from_right if side == LUNG_LEFT else from_right & ~from_left
-    return medial

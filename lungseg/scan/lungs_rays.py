@@ -17,6 +17,9 @@ SOFT_MINIMUM_MM = 4.0
 NEIGHBOURS_MM, NEIGHBOUR_RAYS = 10.0, 4.0
 """Standard deviations, along z and over rays, of that minimum: ribs are 15-25 mm apart."""
 
+BESIDE_SPINE_RAD, BESIDE_SPINE_RAYS = 0.6, 9
+"""How near to straight back a ray counts as beside the spine, and over how many rays the ribs are looked for there."""
+
 
 @dataclass(frozen=True)
 class Rays:
@@ -77,15 +80,13 @@ class Rays:
             return first
         nearest = float(first[seen].min())
         weight = np.where(seen, np.exp(-(np.where(seen, first, nearest) - nearest) / SOFT_MINIMUM_MM), 0.0)
-        above_and_below = ((NEIGHBOURS_MM / spacing_mm[0], 0.7), SOFT_MINIMUM_MM)
-        ribs = first.copy()
-        for sigma, step_mm in (above_and_below, ):
-            share, total = (
-                ndimage.gaussian_filter(values.astype(np.float64), sigma, mode=("nearest", "wrap"), truncate=2.5)
-                for values in (seen, weight)
-            )
-            near = (share > 0.02) & (total > 0.0)
-            ribs[near] = nearest - step_mm * np.log(total[near] / share[near])
+        share, total = (
+            ndimage.gaussian_filter1d(values.astype(np.float64), NEIGHBOURS_MM / spacing_mm[0], axis=0, mode="nearest")
+            for values in (seen, weight)
+        )
+        near = (share > 0.02) & (total > 0.0)
+        ribs = np.full(first.shape, np.inf, dtype=np.float32)
+        ribs[near] = nearest - SOFT_MINIMUM_MM * np.log(total[near] / share[near])
         known = np.isfinite(ribs)
         share, total = (
             ndimage.gaussian_filter(values, (0.0, NEIGHBOUR_RAYS), mode=("nearest", "wrap"), truncate=2.5)
@@ -93,4 +94,10 @@ class Rays:
         )
         bridged = ~known & (share > 0.02)
         ribs[bridged] = total[bridged] / share[bridged]
+        # The lung reaches around the vertebrae and their processes, which hide the ribs behind them.
+        angle = (np.arange(NUM_RAYS) + 0.5) / NUM_RAYS * 2.0 * np.pi - np.pi
+        beside_spine = np.abs(angle - np.pi / 2.0) < BESIDE_SPINE_RAD
+        known = np.where(np.isfinite(ribs), ribs, -1.0)
+        widest = ndimage.maximum_filter1d(known, BESIDE_SPINE_RAYS, axis=1, mode="wrap")
+        ribs[:, beside_spine] = np.where(widest < 0, np.inf, widest)[:, beside_spine]
         return ribs
