@@ -7,6 +7,7 @@ grid as a smooth surface, so time and memory hardly depend on the resolution of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ GAS_SHARE = 0.90
 """Bowel and stomach hold gas only: nearly all of their inside is below ``GAS_HU``. Lungs hold vessels."""
 GAS_RIM_MM = 6.0
 """Outer layer of a piece of air that does not count: partial volume, wider in thick slices."""
+MARGIN_MM = 40.0
+"""Tissue kept around the aerated lungs while dense disease is looked for: ribs, and disease beyond all aerated lung."""
 MIN_AREA_MM2 = 700.0
 """A lung reaches this area in at least one slice."""
 MIN_SHARE = 0.06
@@ -130,13 +133,19 @@ def _coarse_lungs(
     air = _inside_air(smooth, body)
     airway = find_airway(hu, air, spacing_mm, pixel_mm=max(source_mm[1:]))
     candidates = _lung_components(smooth, air & ~airway, body, spacing_mm)
-    sides = np.zeros(hu.shape, dtype=np.uint8)
+    closed = np.zeros(hu.shape, dtype=np.uint8)
+    filled = np.zeros(hu.shape, dtype=bool)
     if not candidates.any():
-        return sides, candidates
-    sides = split_sides(candidates, hu, airway, spacing_mm)
+        return closed, filled
     outside = (smooth < AIR_HU) & ~air
-    closed = fill_each(sides, CoarseScan(hu, smooth, air, outside, airway, spacing_mm, source_mm[0]))
-    return closed, (closed > 0) & (sides == 0)
+    # The rest needs the lungs and the chest wall only.
+    margins = [round(MARGIN_MM / s) for s in spacing_mm]
+    box = _padded(ndimage.find_objects(candidates.astype(np.uint8))[0], hu.shape, by=margins)
+    scan = CoarseScan(hu[box], smooth[box], air[box], outside[box], airway[box], spacing_mm, source_mm[0])
+    sides = split_sides(candidates[box], hu[box], airway[box], spacing_mm)
+    closed[box] = fill_each(sides, scan)
+    filled[box] = (closed[box] > 0) & (sides == 0)
+    return closed, filled
 
 
 def _thick(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
@@ -233,9 +242,9 @@ def _is_enclosed(mask: np.ndarray, body: np.ndarray, start_y: int) -> bool:
     return float((solid & (front < first) & (back > last)).mean()) > ENCLOSED_SHARE
 
 
-def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: int = 3) -> tuple[slice, ...]:
-    """A bounding box grown by a few voxels, within the array."""
-    return tuple(slice(max(s.start - by, 0), min(s.stop + by, n)) for s, n in zip(box, shape, strict=True))
+def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: Sequence[int] = (3, 3, 3)) -> tuple[slice, ...]:
+    """A bounding box grown by some voxels along each axis, within the array."""
+    return tuple(slice(max(s.start - m, 0), min(s.stop + m, n)) for s, n, m in zip(box, shape, by, strict=True))
 
 
 def _soft_share(

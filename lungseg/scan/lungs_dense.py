@@ -28,7 +28,7 @@ MEDIAL_CLOSING_MM = 8.0
 """Radius at the mediastinum: fills vessels at the hilum without cutting corners at heart and spine."""
 TRACE_HU = -180.0
 """Denser than this is no trace of air: it may be fat (-120 to -60 HU) and noise."""
-AERATED_HU = -320.0
+AERATED_HU = -230.0
 """Outside the hull only traces as clear as this count."""
 TRACE_RIM_MM = 2.5
 """Traces nearer to aerated lung may be partial volume of its surface (along z: 3/4 of a slice)."""
@@ -55,6 +55,8 @@ BASE_BAND_MM, BASE_SLACK_MM, BASE_OVER_MM = 40.0, 15.0, 60.0
 outermost lung above."""
 COSTAL_REACH_MM = 60.0
 """How far beyond the outermost lung on its ray a trace may lie, within the ribs."""
+PIT_RAYS, PIT_MM, PIT_DEPTH_MM = 20, 60.0, 3.0
+"""Widest pit of the costal surface that is bridged, over rays (of 3 degrees) and along z, and the least deep one."""
 MAX_DEPTH_MM = 45.0
 """Nothing is added at the chest wall further than this beyond the outermost lung on its ray."""
 SLIVER_MM = 3.0
@@ -120,15 +122,19 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         if sides.shape[0] * spacing_mm[0] >= MIN_HEIGHT_MM:
             over = half.close(near, DIAPHRAGM_CLOSING_MM)
             lateral = rays.across_mm * (1.0 if side == LUNG_LEFT else -1.0)
-            added |= over & _below(near) & ~_below(near[::-1])[::-1] & (lateral > DIAPHRAGM_MM)
+            base = _below(near) & ~_below(near[::-1])[::-1]
+            added |= over & (base | ~_is_medial(near, side)) & (lateral > DIAPHRAGM_MM)
         wall = np.where(ribs < reach + MAX_DEPTH_MM, ribs, reach)  # else liver, heart or neck lie between
-        costal = _between(rays, reach, wall if np.isfinite(ribs).any() else reach + MAX_DEPTH_MM)
-        added |= half.close(near, COSTAL_CLOSING_MM) & costal & _lateral(near, side)
+        beside = _between(rays, reach, wall if np.isfinite(ribs).any() else reach + MAX_DEPTH_MM) & _lateral(near, side)
+        added |= half.close(near, COSTAL_CLOSING_MM) & beside
+        costal = rays.bridged(reach, PIT_RAYS, PIT_MM, spacing_mm)
+        is_pit = (costal > reach + PIT_DEPTH_MM) & (costal < reach + MAX_DEPTH_MM)
+        pits = _between(rays, reach, np.where(is_pit, np.minimum(costal, ribs), 0.0)) & _lateral(near, side)
         added &= ~near
         # Slivers of a large closing are steps of its own making, or the prints of ribs, not disease.
         core = ndimage.distance_transform_edt(added & ~forbidden, sampling=spacing_mm) > SLIVER_MM
         added &= ndimage.distance_transform_edt(~core, sampling=spacing_mm) <= 4.0 * SLIVER_MM
-        full = ndimage.binary_fill_holes(near | added)
+        full = ndimage.binary_fill_holes(near | added | pits)
         closed[full & ~forbidden & (closed == 0)] = side
     return closed
 
@@ -227,3 +233,11 @@ def _lateral(lung: np.ndarray, side: int) -> np.ndarray:
     lateral = np.logical_or.accumulate(order, axis=1)
     result: np.ndarray = (lateral if side == LUNG_LEFT else lateral[:, ::-1])[:, None, :]
     return result
+
+
+def _is_medial(lung: np.ndarray, side: int) -> np.ndarray:
+    """Voxels that have lung of this side laterally but none medially on their row."""
+    from_right = np.logical_or.accumulate(lung, axis=2)
+    from_left = np.logical_or.accumulate(lung[:, :, ::-1], axis=2)[:, :, ::-1]
+    medial: np.ndarray = from_left & ~from_right if side == LUNG_LEFT else from_right & ~from_left
+    return medial
