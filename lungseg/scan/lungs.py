@@ -27,6 +27,8 @@ AIR_HU = -320.0
 BODY_HU = -250.0
 OUTSIDE_HU = -930.0
 """Air at the sides of the scan that is as empty as this lies outside the body; a lung cut by the field is denser."""
+FOAM_HU = -885.0
+"""Likewise where it reaches a corner of the slice: foam of a table."""
 GAS_HU = -930.0
 GAS_SHARE = 0.90
 """Bowel and stomach hold gas only: nearly all of their inside is below ``GAS_HU``. Lungs hold vessels."""
@@ -171,7 +173,7 @@ def _distance(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.nd
 def _inside_air(smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
     """Air and aerated lung without the air around the body.
 
-    Pieces that touch a lateral face lie outside where they are as empty as air, or where they reach a corner of
+    Pieces that touch a lateral face lie outside where they are as empty as air, or nearly so and reach a corner of
     the slice (foam of a table). A lung cut by a lateral face touches it with lung density and stays.
     """
     air = (smooth < AIR_HU) & ~body
@@ -184,7 +186,10 @@ def _inside_air(smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
     touching = np.bincount(ids, minlength=count + 1)
     empty = np.bincount(ids, weights=hu < OUTSIDE_HU, minlength=count + 1)
     outside = (touching > 0) & (empty >= 0.5 * touching)
-    outside[pieces[:, [0, 0, -1, -1], [0, -1, 0, -1]]] = True
+    loose = np.bincount(ids, weights=hu < FOAM_HU, minlength=count + 1) >= 0.5 * touching
+    corners = np.zeros(count + 1, dtype=bool)
+    corners[pieces[:, [0, 0, -1, -1], [0, -1, 0, -1]]] = True
+    outside |= corners & loose
     outside[0] = True
     inside: np.ndarray = ~outside[pieces]
     return inside
@@ -231,7 +236,7 @@ def _is_gas(mask: np.ndarray, smooth: np.ndarray, spacing_mm: tuple[float, float
 def _is_enclosed(mask: np.ndarray, body: np.ndarray, start_y: int) -> bool:
     """Whether body lies in front of and behind a piece on most of its columns along y (not so below a patient).
 
-    ``body`` spans all rows; ``mask`` begins at row ``start_y``.
+    ``body`` spans all rows; ``mask`` begins at row ``start_y``. A lung cut by the front of the field needs none there.
     """
     columns: np.ndarray = np.any(mask, axis=1)
     first = start_y + mask.argmax(axis=1)[columns]
@@ -239,7 +244,7 @@ def _is_enclosed(mask: np.ndarray, body: np.ndarray, start_y: int) -> bool:
     solid = np.any(body, axis=1)[columns]
     front = body.argmax(axis=1)[columns]
     back = body.shape[1] - 1 - body[:, ::-1].argmax(axis=1)[columns]
-    return float((solid & (front < first) & (back > last)).mean()) > ENCLOSED_SHARE
+    return float((solid & ((front < first) | (first == 0)) & (back > last)).mean()) > ENCLOSED_SHARE
 
 
 def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: Sequence[int] = (3, 3, 3)) -> tuple[slice, ...]:

