@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from lungseg.errors import InputError
 from lungseg.scan.lungs_airway import find_airway
-from lungseg.scan.lungs_grid import axis_weights, coarsen, spread
+from lungseg.scan.lungs_grid import IN_PLANE, PADDING_HU, axis_weights, coarsen, padding, spread, without_rim
 from lungseg.scan.lungs_dense import CoarseScan, fill_each
 from lungseg.scan.lungs_sides import split_sides
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
@@ -53,6 +53,10 @@ HALFWAY_RANGE_HU = (-460.0, -280.0)
 SMALL_LITRES, LARGE_LITRES = 1.0, 9.0
 TRUNCATED_SHARE = 0.25
 """Lung area on the first or last slice, against the largest of all slices, from which the lung counts as cut."""
+TRUNCATED_MM2 = 1500.0
+"""Contact of the lungs with the border of the field of view within slices from which they count as cut."""
+CONTACT_VOXELS = 2
+"""Coarse voxels next to padding that count as its border."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
     if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise InputError(f"spacing must be strictly positive and finite, not {spacing_mm} mm")
     coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, COARSE_MM)
-    sides, filled = _coarse_lungs(coarse_hu, coarse_mm, spacing_mm)
+    beyond = padding(coarse_hu)
+    if beyond.any():
+        coarse_hu = without_rim(coarse_hu, beyond)
+    sides, filled = _coarse_lungs(coarse_hu, beyond, coarse_mm, spacing_mm)
     if not sides.any():
         empty = np.zeros(volume_hu.shape, dtype=np.uint8)
         return LungField(empty, 0.0, float("nan"), ("no lung found: is this a CT of the chest in HU?",))
@@ -115,37 +122,47 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
     planes = zip(*(spread(np.where(_nearest(sides, side), soft, 0.0), weights) for side in _SIDES), strict=True)
     for z, (left, right) in enumerate(planes):
         inside = left + right >= 0.5
+        if np.any(inside & (volume_hu[z] <= PADDING_HU)):
+            inside &= ~padding(volume_hu[z : z + 1])[0]
         labels[z] = np.where(inside, np.where(left >= right, LUNG_LEFT, LUNG_RIGHT), 0)
         total += float(volume_hu[z][inside].sum(dtype=np.float64))
         count += int(inside.sum())
     volume_ml = count * float(np.prod(spacing_mm)) / 1000.0
     mean_hu = total / count if count else float("nan")
-    return LungField(labels, volume_ml, mean_hu, _warnings(labels, volume_ml))
+    warnings = _warnings(labels, volume_ml, _contact_mm2(sides, beyond, coarse_mm))
+    return LungField(labels, volume_ml, mean_hu, warnings)
 
 
 _SIDES = (LUNG_LEFT, LUNG_RIGHT)
 
 
 def _coarse_lungs(
-    hu: np.ndarray, spacing_mm: tuple[float, float, float], source_mm: tuple[float, float, float]
+    hu: np.ndarray, beyond: np.ndarray, spacing_mm: tuple[float, float, float], source_mm: tuple[float, float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Side labels (1 left, 2 right) on the coarse grid, and the voxels that the closing added."""
+    """Side labels (1 left, 2 right) on the coarse grid, and the voxels that the closing added.
+
+    ``beyond`` is the padding beyond the field of view.
+    """
     smooth = ndimage.gaussian_filter(hu, 0.8 / np.asarray(spacing_mm), truncate=3.0)
     body = _thick(smooth > BODY_HU, spacing_mm)
-    air = _inside_air(smooth, body)
+    air = _inside_air(smooth, body, beyond)
     airway = find_airway(hu, air, spacing_mm, pixel_mm=max(source_mm[1:]))
-    candidates = _lung_components(smooth, air & ~airway, body, spacing_mm)
+    candidates = _lung_components(smooth, air & ~airway, body, beyond, spacing_mm)
     closed = np.zeros(hu.shape, dtype=np.uint8)
     filled = np.zeros(hu.shape, dtype=bool)
     if not candidates.any():
         return closed, filled
-    outside = (smooth < AIR_HU) & ~air
+    outside = ((smooth < AIR_HU) & ~air) | beyond
     # The rest needs the lungs and the chest wall only.
     margins = [round(MARGIN_MM / s) for s in spacing_mm]
     box = _padded(ndimage.find_objects(candidates.astype(np.uint8))[0], hu.shape, by=margins)
     scan = CoarseScan(hu[box], smooth[box], air[box], outside[box], airway[box], spacing_mm, source_mm[0])
     sides = split_sides(candidates[box], hu[box], airway[box], spacing_mm)
     closed[box] = fill_each(sides, scan)
+    closed[beyond] = 0
+    if beyond.any():  # a lung cut by the field of view ends where the padding begins, not half a coarse voxel before
+        for side in _SIDES:
+            closed[ndimage.binary_dilation(closed == side, iterations=2) & beyond & (closed == 0)] = side
     filled[box] = (closed[box] > 0) & (sides == 0)
     return closed, filled
 
@@ -170,19 +187,20 @@ def _distance(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.nd
     return distance
 
 
-def _inside_air(smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
+def _inside_air(smooth: np.ndarray, body: np.ndarray, beyond: np.ndarray) -> np.ndarray:
     """Air and aerated lung without the air around the body.
 
-    Pieces that touch a lateral face lie outside where they are as empty as air, or nearly so and reach a corner of
-    the slice (foam of a table). A lung cut by a lateral face touches it with lung density and stays.
+    Pieces that touch a lateral face, or the padding, lie outside where they are as empty as air, or nearly so and
+    reach a corner of the slice (foam of a table). A lung cut by the field of view touches it with lung density.
     """
-    air = (smooth < AIR_HU) & ~body
+    air = (smooth < AIR_HU) & ~body & ~beyond
     pieces, count = ndimage.label(air)
     if count == 0:
         return air
-    faces = [np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]]
-    ids = np.concatenate([pieces[face].ravel() for face in faces])
-    hu = np.concatenate([smooth[face].ravel() for face in faces])
+    border = ndimage.binary_dilation(beyond, IN_PLANE)
+    border[:, [0, -1]] = border[:, :, [0, -1]] = True
+    border &= air
+    ids, hu = pieces[border], smooth[border]
     touching = np.bincount(ids, minlength=count + 1)
     empty = np.bincount(ids, weights=hu < OUTSIDE_HU, minlength=count + 1)
     outside = (touching > 0) & (empty >= 0.5 * touching)
@@ -196,7 +214,7 @@ def _inside_air(smooth: np.ndarray, body: np.ndarray) -> np.ndarray:
 
 
 def _lung_components(
-    smooth: np.ndarray, air: np.ndarray, body: np.ndarray, spacing_mm: tuple[float, float, float]
+    smooth: np.ndarray, air: np.ndarray, body: np.ndarray, beyond: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> np.ndarray:
     """The pieces of inside air that are lung: large, textured, within thick tissue."""
     pieces, count = ndimage.label(air)
@@ -216,7 +234,7 @@ def _lung_components(
             continue
         shell = ndimage.binary_dilation(mask, iterations=2) & ~mask
         if float(body[box][shell].mean()) < MIN_SUPPORT or not _is_enclosed(
-            mask, body[box[0], :, box[2]], box[1].start
+            mask, body[box[0], :, box[2]], beyond[box[0], :, box[2]], box[1].start
         ):
             continue
         keep[piece] = True
@@ -233,18 +251,20 @@ def _is_gas(mask: np.ndarray, smooth: np.ndarray, spacing_mm: tuple[float, float
     return float((smooth[core] < GAS_HU).mean()) > GAS_SHARE
 
 
-def _is_enclosed(mask: np.ndarray, body: np.ndarray, start_y: int) -> bool:
+def _is_enclosed(mask: np.ndarray, body: np.ndarray, beyond: np.ndarray, start_y: int) -> bool:
     """Whether body lies in front of and behind a piece on most of its columns along y (not so below a patient).
 
-    ``body`` spans all rows; ``mask`` begins at row ``start_y``. A lung cut by the front of the field needs none there.
+    ``body`` and ``beyond`` span all rows; ``mask`` begins at row ``start_y``. A lung cut by the front of the field of
+    view needs no body there; behind it the same would let in the air between patient and table.
     """
     columns: np.ndarray = np.any(mask, axis=1)
     first = start_y + mask.argmax(axis=1)[columns]
     last = start_y + mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)[columns]
-    solid = np.any(body, axis=1)[columns]
-    front = body.argmax(axis=1)[columns]
+    wall = body | beyond
+    in_front = (np.any(wall, axis=1)[columns] & (wall.argmax(axis=1)[columns] < first)) | (first == 0)
     back = body.shape[1] - 1 - body[:, ::-1].argmax(axis=1)[columns]
-    return float((solid & ((front < first) | (first == 0)) & (back > last)).mean()) > ENCLOSED_SHARE
+    behind = np.any(body, axis=1)[columns] & (back > last)
+    return float((in_front & behind).mean()) > ENCLOSED_SHARE
 
 
 def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: Sequence[int] = (3, 3, 3)) -> tuple[slice, ...]:
@@ -283,7 +303,17 @@ def _nearest(sides: np.ndarray, side: int) -> np.ndarray:
     return mine
 
 
-def _warnings(labels: np.ndarray, volume_ml: float) -> tuple[str, ...]:
+def _contact_mm2(sides: np.ndarray, beyond: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
+    """Area over which the lungs touch the border of the field of view within slices: its faces and the padding."""
+    border = ndimage.binary_dilation(beyond, iterations=CONTACT_VOXELS)
+    border[:, [0, -1]] = border[:, :, [0, -1]] = True
+    # Voxels of a layer, each the face of one voxel; the layer next to padding is several voxels deep.
+    deep = np.count_nonzero((sides > 0) & border & ndimage.binary_dilation(beyond, iterations=CONTACT_VOXELS))
+    faces = np.count_nonzero((sides > 0) & border) - deep
+    return (faces + deep / CONTACT_VOXELS) * spacing_mm[0] * float(np.mean(spacing_mm[1:]))
+
+
+def _warnings(labels: np.ndarray, volume_ml: float, contact_mm2: float) -> tuple[str, ...]:
     """Reasons to doubt a lung field, in words for the user."""
     found = []
     if volume_ml < SMALL_LITRES * 1000.0:
@@ -298,12 +328,6 @@ def _warnings(labels: np.ndarray, volume_ml: float) -> tuple[str, ...]:
     ends = [name for name, z in (("lowest", 0), ("highest", -1)) if area[z] > TRUNCATED_SHARE * area.max()]
     if ends:
         found.append(f"truncated: the lung is cut at the {' and the '.join(ends)} slice")
-    sides_cut = max(np.count_nonzero(labels[:, y]) for y in (0, -1)) / max(
-        np.count_nonzero(labels, axis=(0, 2)).max(), 1
-    )
-    cut_x = max(np.count_nonzero(labels[:, :, x]) for x in (0, -1)) / max(
-        np.count_nonzero(labels, axis=(0, 1)).max(), 1
-    )
-    if max(sides_cut, cut_x) > TRUNCATED_SHARE:
-        found.append("truncated: the lung is cut at the side of the field of view")
+    if contact_mm2 > TRUNCATED_MM2:
+        found.append(f"truncated: the lung is cut at the side of the field of view, over {contact_mm2 / 100:.0f} cm2")
     return tuple(found)

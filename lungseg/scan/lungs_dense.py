@@ -119,7 +119,12 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
             share = ndimage.gaussian_filter(
                 mine.astype(np.float32), TRACE_SIGMA_MM / np.asarray(spacing_mm), truncate=2.5
             )
-            joined = half.close(near | mine, TRACE_CLOSING_MM) & (share > TRACE_SHARE) & _between(rays, -1.0, ribs) & ~forbidden
+            joined = (
+                half.close(near | mine, TRACE_CLOSING_MM)
+                & (share > TRACE_SHARE)
+                & _between(rays, -1.0, ribs)
+                & ~forbidden
+            )
             near = close(near | joined, MEDIAL_CLOSING_MM, spacing_mm)
         reach, ribs = _wall(rays, near, scan)
         added = near.copy()

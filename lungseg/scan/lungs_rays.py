@@ -69,7 +69,9 @@ class Rays:
         """``reach`` with pits narrower than a window filled to the level of their rim (grey closing on the map)."""
         rows = max(1, round(over_mm / spacing_mm[0]))
         known = np.where(np.isfinite(reach), reach, -1.0)
-        padded = np.pad(np.pad(known, ((rows, rows), (0, 0)), mode="edge"), ((0, 0), (over_rays, over_rays)), mode="wrap")
+        padded = np.pad(
+            np.pad(known, ((rows, rows), (0, 0)), mode="edge"), ((0, 0), (over_rays, over_rays)), mode="wrap"
+        )
         closed = ndimage.grey_closing(padded, size=(2 * (rows // 2) + 1, 2 * (over_rays // 2) + 1))
         closed = closed[rows:-rows, over_rays:-over_rays]
         result: np.ndarray = np.where(np.isfinite(reach), closed, np.inf)
