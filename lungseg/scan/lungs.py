@@ -15,8 +15,17 @@ from scipy import ndimage
 
 from lungseg.errors import InputError
 from lungseg.scan.lungs_airway import find_airway
-from lungseg.scan.lungs_grid import IN_PLANE, PADDING_HU, axis_weights, coarsen, padding, spread, without_rim
-from lungseg.scan.lungs_dense import CoarseScan, fill_each
+from lungseg.scan.lungs_dense import fill_each
+from lungseg.scan.lungs_grid import (
+    IN_PLANE,
+    PADDING_HU,
+    CoarseScan,
+    axis_weights,
+    coarsen,
+    padding,
+    spread,
+    without_rim,
+)
 from lungseg.scan.lungs_sides import split_sides
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 

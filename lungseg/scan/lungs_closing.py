@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from lungseg.scan.lungs_grid import axis_weights, spread
-
-Spacing = tuple[float, float, float]
+from lungseg.scan.lungs_grid import Spacing, axis_weights, spread
 
 
 def close(mask: np.ndarray, radius_mm: float, spacing_mm: Spacing) -> np.ndarray:
@@ -28,12 +26,21 @@ def close(mask: np.ndarray, radius_mm: float, spacing_mm: Spacing) -> np.ndarray
     return closed
 
 
+def distance_from(mask: np.ndarray, spacing_mm: Spacing) -> np.ndarray:
+    """Distance of each voxel from the nearest true one in mm; far away if there is none."""
+    if not mask.any():
+        return np.full(mask.shape, np.inf)
+    distance: np.ndarray = ndimage.distance_transform_edt(~mask, sampling=spacing_mm)
+    return distance
+
+
 class HalfGrid:
     """The coarse grid with voxels twice as large, on which large balls are eight times cheaper."""
 
     def __init__(self, shape: tuple[int, ...], spacing_mm: Spacing) -> None:
         self.shape = [(n + 1) // 2 for n in shape]
-        self.spacing_mm = tuple(n * s / m for n, s, m in zip(shape, spacing_mm, self.shape, strict=True))
+        z_mm, y_mm, x_mm = (n * s / m for n, s, m in zip(shape, spacing_mm, self.shape, strict=True))
+        self.spacing_mm: Spacing = (z_mm, y_mm, x_mm)
         grids = list(zip(shape, spacing_mm, self.shape, self.spacing_mm, strict=True))
         self._down = [axis_weights(m, c, n, s) for n, s, m, c in grids]
         self._up = [axis_weights(n, s, m, c) for n, s, m, c in grids]

@@ -7,11 +7,14 @@ linear interpolation where they are smaller.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage, sparse
 
 from lungseg.scan.volume import AIR_HU
+
+Spacing = tuple[float, float, float]
 
 MAX_HU = 400.0
 """HU above are cut off: metal must not spread in the averaging."""
@@ -23,6 +26,26 @@ IN_PLANE = ndimage.generate_binary_structure(3, 1)
 """The neighbours of a voxel within its slice."""
 IN_PLANE[[0, 2]] = False
 RIM_VOXELS = 2
+"""Coarse voxels of padding along its edge that take the HU of the tissue next to it."""
+
+
+@dataclass(frozen=True)
+class CoarseScan:
+    """A scan on the coarse grid, and what was found in it before the lungs are filled. Arrays (Z, Y, X)."""
+
+    hu: np.ndarray
+    """float32."""
+    smooth: np.ndarray
+    """float32: ``hu`` lightly smoothed."""
+    inside_air: np.ndarray
+    """bool: air and aerated lung within the body."""
+    outside: np.ndarray
+    """bool: air around the body, and padding."""
+    airway: np.ndarray
+    """bool: trachea and main bronchi with their wall."""
+    spacing_mm: Spacing
+    slice_mm: float
+    """Slice distance of the scan itself: blurs surfaces that are not upright."""
 
 
 def axis_weights(new: int, new_mm: float, old: int, old_mm: float) -> sparse.csr_matrix:

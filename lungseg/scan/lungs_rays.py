@@ -7,15 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-Spacing = tuple[float, float, float]
+from lungseg.scan.lungs_grid import CoarseScan, Spacing
+from lungseg.tissue import LUNG_LEFT
 
 NUM_RAYS = 120
 RIB_HU = 180.0
 """Bone on the coarse grid; contrast medium in vessels is as dense, but lies inside the lungs' outer surface."""
 SOFT_MINIMUM_MM = 4.0
-"""Scale of the soft minimum over neighbouring rays: between two ribs the shoulder blade must not count."""
+"""Scale of the soft minimum over neighbouring slices: between two ribs the shoulder blade must not count."""
 NEIGHBOURS_MM, NEIGHBOUR_RAYS = 10.0, 4.0
-"""Standard deviations, along z and over rays, of that minimum: ribs are 15-25 mm apart."""
+"""Standard deviations, along z and over rays, by which gaps between ribs (15-25 mm) are bridged."""
+MIN_WEIGHT = 0.02
+"""Less than this share of a neighbourhood is none."""
+ABOVE_MM, SLACK_MM = 60.0, 15.0
+"""Where a slice has no lung on a ray, ribs are looked for this much within the outermost lung up to so far above."""
 
 BESIDE_SPINE_RAD, BESIDE_SPINE_RAYS = 0.6, 9
 """How near to straight back a ray counts as beside the spine, and over how many rays the ribs are looked for there."""
@@ -33,20 +38,36 @@ class Rays:
     """float32 (1, X): from the middle of the chest to the patient's left."""
     is_behind: np.ndarray
     """bool (Y, 1): rows behind the middle of the chest."""
+    slice_mm: float
+    """Distance of slices."""
 
     @classmethod
     def around(cls, sides: np.ndarray, spacing_mm: Spacing) -> Rays:
         """Rays from the middle between both lungs, or from the medial edge of a single one (labels 1 left, 2 right)."""
-        _, y, _ = np.nonzero(sides)
-        columns = [np.nonzero(sides == side)[2] for side in (1, 2)]
-        if len(columns[0]) and len(columns[1]):
-            middle = (columns[0].mean() + columns[1].mean()) / 2.0
+        _, y, x = np.nonzero(sides)
+        is_left = sides[sides > 0] == LUNG_LEFT
+        if is_left.all() or not is_left.any():
+            middle = float(x.min() if is_left.all() else x.max())
         else:
-            middle = float(columns[0].min()) if len(columns[0]) else float(columns[1].max())
+            middle = float(x[is_left].mean() + x[~is_left].mean()) / 2.0
         rows = (np.arange(sides.shape[1]) - y.mean())[:, None] * spacing_mm[1]
         across = (np.arange(sides.shape[2]) - middle)[None, :] * spacing_mm[2]
         index = ((np.arctan2(rows, across) + np.pi) / (2.0 * np.pi) * NUM_RAYS).astype(np.int64) % NUM_RAYS
-        return cls(index, np.hypot(rows, across).astype(np.float32), across.astype(np.float32), rows > 0)
+        radius = np.hypot(rows, across).astype(np.float32)
+        return cls(index, radius, across.astype(np.float32), rows > 0, spacing_mm[0])
+
+    def lateral_mm(self, side: int) -> np.ndarray:
+        """Distance of columns from the middle of the chest towards a side, float32 (1, X), negative on the other."""
+        result: np.ndarray = self.across_mm if side == LUNG_LEFT else -self.across_mm
+        return result
+
+    def between(self, low: np.ndarray | float, high: np.ndarray) -> np.ndarray:
+        """Voxels between two radii (Z, NUM_RAYS) of their ray, bool (Z, Y, X)."""
+        low = np.broadcast_to(low, high.shape)
+        result = np.empty((len(high), *self.index.shape), dtype=bool)
+        for z in range(len(high)):
+            result[z] = (self.radius_mm > low[z][self.index]) & (self.radius_mm < high[z][self.index])
+        return result
 
     def outermost(self, lung: np.ndarray) -> np.ndarray:
         """Largest radius of a mask on each ray of each slice, float32 (Z, NUM_RAYS); inf where it has none."""
@@ -56,60 +77,82 @@ class Rays:
         furthest[furthest < 0] = np.inf
         return furthest
 
-    def carried_down(self, reach: np.ndarray, over_mm: float, spacing_mm: Spacing) -> np.ndarray:
+    def carried_down(self, reach: np.ndarray, over_mm: float) -> np.ndarray:
         """Largest ``reach`` on each ray among a slice and those up to ``over_mm`` above it; inf where there is none."""
-        size = max(1, round(over_mm / spacing_mm[0]))
+        size = max(1, round(over_mm / self.slice_mm))
         known = np.where(np.isfinite(reach), reach, -1.0)
         padded = np.vstack([known, np.full((size, NUM_RAYS), -1.0, dtype=reach.dtype)])
         carried = ndimage.maximum_filter1d(padded, size + 1, axis=0, origin=-((size + 1) // 2), mode="nearest")
         result: np.ndarray = np.where(carried[: len(reach)] < 0, np.inf, carried[: len(reach)])
         return result
 
-    def bridged(self, reach: np.ndarray, over_rays: int, over_mm: float, spacing_mm: Spacing) -> np.ndarray:
+    def bridged(self, reach: np.ndarray, over_rays: int, over_mm: float) -> np.ndarray:
         """``reach`` with pits narrower than a window filled to the level of their rim (grey closing on the map)."""
-        rows = max(1, round(over_mm / spacing_mm[0]))
-        known = np.where(np.isfinite(reach), reach, -1.0)
-        padded = np.pad(
-            np.pad(known, ((rows, rows), (0, 0)), mode="edge"), ((0, 0), (over_rays, over_rays)), mode="wrap"
-        )
-        closed = ndimage.grey_closing(padded, size=(2 * (rows // 2) + 1, 2 * (over_rays // 2) + 1))
+        rows = max(1, round(over_mm / self.slice_mm))
+        known = np.pad(np.where(np.isfinite(reach), reach, -1.0), ((rows, rows), (0, 0)), mode="edge")
+        known = np.pad(known, ((0, 0), (over_rays, over_rays)), mode="wrap")
+        closed = ndimage.grey_closing(known, size=(2 * (rows // 2) + 1, 2 * (over_rays // 2) + 1))
         closed = closed[rows:-rows, over_rays:-over_rays]
         result: np.ndarray = np.where(np.isfinite(reach), closed, np.inf)
         return result
 
-    def ribs(self, hu: np.ndarray, beyond: np.ndarray, spacing_mm: Spacing) -> np.ndarray:
+    def ribs(self, hu: np.ndarray, beyond: np.ndarray) -> np.ndarray:
         """Radius of the inner side of the ribs on each ray, float32 (Z, NUM_RAYS); inf where none is near.
 
-        ``beyond`` (Z, NUM_RAYS) is where the search begins. Gaps between ribs are bridged by their neighbours.
+        ``beyond`` (Z, NUM_RAYS) is where the search begins. Gaps between ribs are bridged by their neighbours, first
+        along z, then over rays.
         """
         z, y, x = np.nonzero(hu > RIB_HU)
         ray, radius = self.index[y, x], self.radius_mm[y, x]
         outside = radius > beyond[z, ray]
         first = np.full(beyond.shape, np.inf, dtype=np.float32)
         np.minimum.at(first, (z[outside], ray[outside]), radius[outside])
-        seen = np.isfinite(first)
-        if not seen.any():
+        if not np.isfinite(first).any():
             return first
-        nearest = float(first[seen].min())
-        weight = np.where(seen, np.exp(-(np.where(seen, first, nearest) - nearest) / SOFT_MINIMUM_MM), 0.0)
-        share, total = (
-            ndimage.gaussian_filter1d(values.astype(np.float64), NEIGHBOURS_MM / spacing_mm[0], axis=0, mode="nearest")
-            for values in (seen, weight)
-        )
-        near = (share > 0.02) & (total > 0.0)
-        ribs = np.full(first.shape, np.inf, dtype=np.float32)
-        ribs[near] = nearest - SOFT_MINIMUM_MM * np.log(total[near] / share[near])
+        ribs = _soft_minimum(first, NEIGHBOURS_MM / self.slice_mm)
         known = np.isfinite(ribs)
         share, total = (
             ndimage.gaussian_filter(values, (0.0, NEIGHBOUR_RAYS), mode=("nearest", "wrap"), truncate=2.5)
             for values in (known.astype(np.float64), np.where(known, ribs, 0.0))
         )
-        bridged = ~known & (share > 0.02)
+        bridged = ~known & (share > MIN_WEIGHT)
         ribs[bridged] = total[bridged] / share[bridged]
         # The lung reaches around the vertebrae and their processes, which hide the ribs behind them.
         angle = (np.arange(NUM_RAYS) + 0.5) / NUM_RAYS * 2.0 * np.pi - np.pi
         beside_spine = np.abs(angle - np.pi / 2.0) < BESIDE_SPINE_RAD
-        known = np.where(np.isfinite(ribs), ribs, -1.0)
-        widest = ndimage.maximum_filter1d(known, BESIDE_SPINE_RAYS, axis=1, mode="wrap")
+        finite = np.where(np.isfinite(ribs), ribs, -1.0)
+        widest = ndimage.maximum_filter1d(finite, BESIDE_SPINE_RAYS, axis=1, mode="wrap")
         ribs[:, beside_spine] = np.where(widest < 0, np.inf, widest)[:, beside_spine]
         return ribs
+
+
+@dataclass(frozen=True)
+class Wall:
+    """The outer limits of one lung on each ray of each slice, (Z, NUM_RAYS) both; inf where there is none."""
+
+    reach: np.ndarray
+    """Outermost lung, mm from the middle."""
+    ribs: np.ndarray
+    """Inner side of the ribs."""
+
+    @classmethod
+    def around(cls, lung: np.ndarray, rays: Rays, scan: CoarseScan) -> Wall:
+        """The ribs are looked for from the outermost lung of the slice, or near that of the slices above."""
+        reach = rays.outermost(lung)
+        above = rays.carried_down(reach, ABOVE_MM) - SLACK_MM
+        begin = np.where(np.isfinite(reach), np.maximum(reach, above), above)
+        return cls(reach, rays.ribs(scan.hu, begin))
+
+
+def _soft_minimum(first: np.ndarray, sigma: float) -> np.ndarray:
+    """Soft minimum of finite values over neighbouring slices, weighted by a Gaussian; inf where there are none."""
+    seen = np.isfinite(first)
+    nearest = float(first[seen].min())
+    weight = np.where(seen, np.exp(-(np.where(seen, first, nearest) - nearest) / SOFT_MINIMUM_MM), 0.0)
+    share, total = (
+        ndimage.gaussian_filter1d(values.astype(np.float64), sigma, axis=0, mode="nearest") for values in (seen, weight)
+    )
+    near = (share > MIN_WEIGHT) & (total > 0.0)
+    result = np.full(first.shape, np.inf, dtype=np.float32)
+    result[near] = nearest - SOFT_MINIMUM_MM * np.log(total[near] / share[near])
+    return result

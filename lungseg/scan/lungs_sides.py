@@ -54,10 +54,10 @@ def _side_by_side(pieces: np.ndarray, count: int, spacing_mm: tuple[float, float
         return None
     sizes = np.bincount(pieces.ravel())[1:]
     main = int(sizes.argmax())
-    large = np.flatnonzero(sizes > PARTNER_SHARE * sizes[main])
-    centres = np.asarray(ndimage.center_of_mass(pieces > 0, pieces, large + 1)) * np.asarray(spacing_mm)
-    centre = centres[list(large).index(main)]
-    beside = [(int(sizes[k]), int(k), c) for k, c in zip(large, centres, strict=True) if _is_beside(c - centre)]
+    large = [int(k) for k in np.flatnonzero(sizes > PARTNER_SHARE * sizes[main])]
+    centres = np.asarray(ndimage.center_of_mass(pieces > 0, pieces, [k + 1 for k in large])) * np.asarray(spacing_mm)
+    centre = centres[large.index(main)]
+    beside = [(int(sizes[k]), k, c) for k, c in zip(large, centres, strict=True) if _is_beside(c - centre)]
     if not beside:
         return None
     _, partner, its_centre = max(beside, key=lambda item: item[0])
