@@ -58,6 +58,7 @@ SOFT_HU = 180.0
 TISSUE_HU = 40.0
 NEAR_BY_MM = 5.0
 HALFWAY_RANGE_HU = (-460.0, -280.0)
+DISEASED_HU = -700.0
 """The border lies halfway between soft tissue and the lung near by, within this range."""
 SMALL_LITRES, LARGE_LITRES = 1.0, 9.0
 TRUNCATED_SHARE = 0.25
@@ -295,11 +296,14 @@ def _soft_share(
     sigma = NEAR_BY_MM / np.asarray(spacing_mm)
     amount = ndimage.gaussian_filter(aerated.astype(np.float32), sigma, truncate=2.0)
     near_hu = ndimage.gaussian_filter(np.where(aerated, hu, 0.0).astype(np.float32), sigma, truncate=2.0)
-    halfway = np.clip((near_hu / np.maximum(amount, 1e-3) + TISSUE_HU) / 2.0, *HALFWAY_RANGE_HU)
+    near_hu /= np.maximum(amount, 1e-3)
+    halfway = np.clip((near_hu + TISSUE_HU) / 2.0, *HALFWAY_RANGE_HU)
     share = np.clip(0.5 + (halfway - hu) / (2.0 * SOFT_HU), 0.0, 1.0)
     beside = ndimage.binary_dilation(aerated, iterations=1) & ~lung
     near_fill = ndimage.binary_dilation(filled, iterations=1)
     inner = ndimage.binary_erosion(lung, iterations=1, border_value=1)
+    # In diseased lung a dense voxel at the surface is as likely disease as pleura.
+    share = np.where(aerated & (near_hu > DISEASED_HU), np.maximum(share, 0.5), share)
     soft = np.where(aerated, share, np.where(beside, np.minimum(share, 0.49), 0.0))
     soft = np.where(inner | filled | (aerated & near_fill), 1.0, soft)
     return soft.astype(np.float32)

@@ -39,7 +39,7 @@ PIT_SLICES = 3
 """A pit is at least as many coarse slices high: fewer are the steps of a dome."""
 MAX_DEPTH_MM = 45.0
 """Between the outermost lung and ribs further apart than this lie liver, heart or neck: nothing is added."""
-SLIVER_MM = 3.0
+SLIVER_MM = 2.5
 """Half the thickness below which parts of a large closing are dropped."""
 BONE_HU = 180.0
 """Nothing denser is added (ribs, spine)."""

@@ -28,7 +28,7 @@ HULL_MM = 50.0
 GAS_HU, GAS_ML = -930.0, 0.3
 """A piece of air that reaches this HU and volume is gas: bowel below the lung, near the middle of the chest oesophagus
 or a large bronchus."""
-GAS_MIDLINE_MM = 45.0
+GAS_MIDLINE_MM = 30.0
 MIDLINE_MM, SPINE_MM = 25.0, 15.0
 """Outside the hull, traces nearer to the middle of the chest are oesophagus or bronchi (at the back: spine)."""
 REACH_MM = 25.0
