@@ -26,9 +26,7 @@ AIRWAY_MM = 9.0
 HULL_MM = 50.0
 """Traces count within the lung closed by a ball of this radius; stomach and bowel lie below domes that it enters."""
 GAS_HU, GAS_ML = -930.0, 0.3
-"""A piece of air that reaches this HU and volume is gas: bowel below the lung, near the middle of the chest oesophagus
-or a large bronchus."""
-GAS_MIDLINE_MM = 30.0
+"""A piece of air that reaches this HU and volume is gas: stomach, bowel, oesophagus, a large bronchus."""
 MIDLINE_MM, SPINE_MM = 25.0, 15.0
 """Outside the hull, traces nearer to the middle of the chest are oesophagus or bronchi (at the back: spine)."""
 REACH_MM = 25.0
@@ -47,8 +45,7 @@ class Traces:
     def __init__(self, sides: np.ndarray, scan: CoarseScan, half: HalfGrid, rays: Rays) -> None:
         self._sides, self._scan, self._half, self._rays = sides, scan, half, rays
         skin = half.up(distance_from(half.down(scan.outside), half.spacing_mm) <= SKIN_MM)
-        self._traces = _not_lung(sides, scan) & ~skin
-        self._gas = _gas(sides, scan)
+        self._traces = _not_lung(sides, scan) & ~skin & ~_gas(sides, scan)
 
     def of(self, lung: np.ndarray, side: int, wall: Wall) -> np.ndarray:
         """Traces that belong to the lung of a side as far as it is known (``lung``), bool (Z, Y, X)."""
@@ -61,8 +58,7 @@ class Traces:
             close_by = self._half.up(distance_from(self._half.down(lung), self._half.spacing_mm) < REACH_MM)
             beside |= close_by & (lateral > MIDLINE_MM) & ~below(lung)
         region = self._half.close(lung, HULL_MM) | (beside & (scan.smooth < AERATED_HU))
-        no_gas = ~(self._gas & (below(lung) | (np.abs(rays.across_mm) < GAS_MIDLINE_MM)))
-        mine: np.ndarray = self._traces & region & no_gas & ~lung
+        mine: np.ndarray = self._traces & region & ~lung
         return mine
 
 
