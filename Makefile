@@ -1,4 +1,4 @@
-# make demo | test | test-fast | lint | bench | tables | clean
+# make demo | test | test-fast | fuzz | lint | bench | tables | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= torch==2.13.0
 DEMO_OUTPUT ?= demo-output
 JOBS ?= 2
+SEED ?= 0
 # One thread per process: contended cores are up to ten times slower with two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-fast lint bench tables clean
+.PHONY: setup demo test test-fast fuzz lint bench tables clean
 
 # The name of a stamp holds the constraint, so that another one installs again.
 STAMP := $(VENV)/.$(subst =,,$(CONSTRAINTS))
@@ -38,6 +39,9 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py --dicom 1000 --image 300 --seed $(SEED)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +50,12 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/store_compression.py
 	$(BIN)/python tests/benchmarks/radiomics_speed.py
+	$(BIN)/python tests/benchmarks/radiomics_significance.py
+	$(BIN)/python tests/benchmarks/phantom_hardness.py
 	$(BIN)/python tests/benchmarks/real_chest.py
+	$(BIN)/python tests/benchmarks/real_series.py
+	$(BIN)/python tests/benchmarks/preprocess_speed.py
+	$(BIN)/python tests/benchmarks/preprocess_memory.py
 
 tables: demo
 	@cat $(DEMO_OUTPUT)/test/scores/table.md

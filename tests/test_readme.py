@@ -31,7 +31,7 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
         "info",
     ]  # fmt: skip
     for part, seed in (("train", 1), ("test", 2)):
-        config = PhantomConfig(num=1, first_seed=seed, extent_mm=(100, 110, 130), spacing_mm=(2.0, 1.5, 1.5))
+        config = PhantomConfig(num=1, seed=seed, extent_mm=(100, 110, 130), spacing_mm=(2.0, 1.5, 1.5))
         phantom(tmp_path / "data_samples" / part, config, execution=Execution(quiet=True))
     # the README trains for 4,800 images; the smallest cohort needs fewer to show that the command works
     (tmp_path / "short.toml").write_text("[train-ddpm]\ntotal-images = 96\n")

@@ -18,7 +18,7 @@ from lungseg.cli.commands import COMMANDS
 from lungseg.cli.options import Command, command_function, make_configs
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
-from lungseg.errors import Interrupted, LungsegError
+from lungseg.errors import Interrupted, LungsegError, UsageError
 
 app = typer.Typer(
     name="lungseg",
@@ -51,6 +51,9 @@ def run(
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         config, execution = make_configs(command, values, execution_values)
+        conflicts = _load(command.check)(paths) if command.check else []
+        if conflicts:
+            raise UsageError("\n".join(conflicts))
         if execution.dry_run:
             _print_plan(command, paths, config)
             return
@@ -138,6 +141,9 @@ def _plain(value: Any) -> Any:
 def _print_result(result: Any, execution: Execution) -> None:
     from rich.console import Console
 
+    if result.document is not None:  # asked for, so printed with --quiet too
+        print(json.dumps(result.document, indent=2, allow_nan=False), flush=True)
+        return
     if execution.quiet:
         return
     # no markup: messages hold [brackets] that are meant
@@ -150,13 +156,13 @@ def _print_result(result: Any, execution: Execution) -> None:
 def _fill(console: Any, result: Any) -> None:
     from rich.table import Table
 
-    noteworthy = [o for o in result.outcomes if o.message or o.status == "failed"]
+    noteworthy = [o for o in result.outcomes if o.message or o.flags or o.status == "failed"]
     if noteworthy:
         table = Table(title=f"{result.stage}: cases to look at")
         for column in ("case", "status", "message"):
             table.add_column(column, overflow="fold")
         for outcome in noteworthy:
-            table.add_row(outcome.case_id, outcome.status, outcome.message)
+            table.add_row(outcome.case_id, ", ".join((outcome.status, *outcome.flags)), outcome.message)
         console.print(table)
     if result.outcomes:
         console.print(f"{result.stage}: {result.counts()}")

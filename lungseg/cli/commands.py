@@ -15,7 +15,13 @@ from lungseg.config.train_ddpm import TrainConfig
 
 _SAYING = ("quiet", "verbose")
 _STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
-_SCANS = PathOption("scans", "DICOM folders, or NIfTI, NRRD and MHA files, or folders of them.", many=True)
+_SCANS = PathOption("scans", "DICOM folders, zip archives, NIfTI, NRRD and MHA files, or folders of them.", many=True)
+_SERIES = PathOption(
+    "series",
+    "Key (of --list) or UID of a series to take in place of the best one; repeatable.",
+    ("--series",),
+    words=True,
+)
 
 
 def _output(doc: str, *, required: bool = True) -> PathOption:
@@ -25,11 +31,22 @@ def _output(doc: str, *, required: bool = True) -> PathOption:
 COMMANDS: tuple[Command, ...] = (
     Command(
         "preprocess",
-        "lungseg.stages.preprocess:preprocess",
+        "lungseg.stages.preprocess:preprocess_command",
         "Scans in, a patch store out: geometry checked, lungs found, one HDF5 file per scan.",
         (
             _SCANS,
-            _output("Patch store to make or to add to."),
+            _output("Patch store to make or to add to; needed but for --list and --check.", required=False),
+            PathOption(
+                "list_scans", "Show the series found and which are taken, from headers alone.", ("--list",), switch=True
+            ),
+            PathOption(
+                "check",
+                "Judge every scan as a real run would, and estimate it; writes nothing.",
+                ("--check",),
+                switch=True,
+            ),
+            PathOption("as_json", "With --list or --check: JSON instead of tables.", ("--json",), switch=True),
+            _SERIES,
             PathOption(
                 "manifest", "CSV: path, series, case_id, patient_id, split, reference, inspiration.", ("--manifest",)
             ),
@@ -37,10 +54,11 @@ COMMANDS: tuple[Command, ...] = (
         ),
         PreprocessConfig,
         (
-            "lungseg preprocess dicom/ -o cohort --id-map ids.csv",
-            "lungseg preprocess scans/*.nii.gz -o cohort --preset small --jobs 4",
+            "lungseg preprocess dicom/ --check --jobs 4",
+            "lungseg preprocess dicom/ -o cohort --id-map ids.csv --jobs 4",
         ),
         ("jobs", "shard", "overwrite", "dry_run", *_SAYING),
+        check="lungseg.config.preprocess:check_modes",
     ),
     Command(
         "extract-radiomics",
@@ -135,6 +153,7 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("model", "Bundle, model.safetensors or training run.", ("--model",)),
             PathOption("manifest", "CSV describing the cases, as for preprocess.", ("--manifest",)),
             PathOption("id_map", "CSV (mode 0600) linking case ids to sources.", ("--id-map",)),
+            _SERIES,
             PathOption("train", "Train a model on these scans first.", ("--train",), switch=True),
         ),
         RunConfig,
@@ -160,10 +179,13 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "phantom",
         "lungseg.stages.phantom:phantom",
-        "Digital chest phantoms with known tissue: DICOM series, reference label maps and a manifest.",
+        "Digital chest phantoms with known tissue: DICOM, NIfTI or a patch store, with reference label maps.",
         (_output("Folder to write."),),
         PhantomConfig,
-        ("lungseg phantom -o phantoms -n 4", "lungseg phantom -o healthy --severity healthy --first-seed 7"),
+        (
+            "lungseg phantom -o phantoms -n 4",
+            "lungseg phantom -o cohort -n 8 --format store --severity mixed --kernel sharp",
+        ),
         ("jobs", "overwrite", "dry_run", *_SAYING),
     ),
     Command(

@@ -30,6 +30,8 @@ class PathOption:
     many: bool = False
     switch: bool = False
     """A yes/no option instead of a path."""
+    words: bool = False
+    """An option that takes words, several times, instead of a path."""
 
     def parameter(self) -> inspect.Parameter:
         """Typer parameter of this path."""
@@ -37,6 +39,9 @@ class PathOption:
         if self.switch:
             default = typer.Option(False, *self.flags, help=self.doc, show_default=False)
             return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=bool)
+        if self.words:
+            default = typer.Option([], *self.flags, help=self.doc, metavar="WORD", show_default=False)
+            return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=list[str])
         if self.flags:
             default = typer.Option(missing, *self.flags, help=self.doc, metavar="PATH", show_default=False)
         else:
@@ -58,6 +63,8 @@ class Command:
     examples: tuple[str, ...]
     execution: tuple[str, ...] = ("device", "jobs", "shard", "overwrite", "dry_run", "quiet", "verbose")
     """Fields of :class:`Execution` that mean something to this command."""
+    check: str = ""
+    """``module:function`` of the paths: what does not go together, in words; asked before anything is done."""
     plan: str = ""
     """``module:function`` of (config, model path) that tells a dry run the settings of several stages."""
 

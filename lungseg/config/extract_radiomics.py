@@ -23,4 +23,8 @@ class RadiomicsConfig:
     samples_per_case: int = option(
         2000, "Windows of each size sampled a case for the standardisation.", minimum=10, maximum=1_000_000
     )
+    csv: bool = option(False, "Also write radiomics.csv into the store: all windows of all cases as one table.")
+    picture: bool = option(
+        False, "Also write radiomics.png: correlations, and distributions per tissue of cases that have a reference."
+    )
     seed: int = option(0, "Seed of the sampling.", minimum=0, maximum=MAX_SEED)

@@ -21,3 +21,6 @@ class RefineConfig:
     edge_floor: float = option(0.05, "Fused edge below which the posterior decides.", minimum=0, maximum=1)
     min_component_ml: float = option(0.05, "Smaller connected pieces join their surroundings.", unit="ml", minimum=0)
     compatibility: bool = option(False, "Check each voxel's HU against its class (lowered DSC in our study).")
+    lower_bounds: bool = option(
+        False, "Of a lung cut by the field of view, export volumes as lower bounds in place of blanks."
+    )

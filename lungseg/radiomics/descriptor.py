@@ -1,7 +1,7 @@
 """The radiomic descriptor: 34 features of the lung voxels of a patch, their names, families and standardisation.
 
 Families in order: first-order 4, GLCM 14, LBP 8, Gabor 8. Everything is batched torch and runs on the device of its
-input; both voxels of a pair (and all pixels of a neighbourhood) must lie inside the patch and inside the lung.
+input. Only lung voxels count; whether neighbours outside the patch are read is the choice of ``halo`` (``windows``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from lungseg.errors import InputError, MismatchError
-from lungseg.radiomics import first_order, gabor, glcm, lbp
-from lungseg.radiomics.first_order import check_patches
+from lungseg.radiomics import first_order, gabor, glcm, haralick, lbp
 from lungseg.radiomics.glcm import Aggregation
+from lungseg.radiomics.windows import check_patches, computing_dtype, keep, keep_freed_memory, window_of
 
-DESCRIPTOR_VERSION: int = 1
-"""Raised whenever any of the 34 numbers changes; descriptors of different versions are never mixed."""
+DESCRIPTOR_VERSION: int = 2
+"""Raised whenever any of the 34 numbers changes; descriptors of different versions are never mixed.
+
+2: a pattern point darker by exactly the dead band counts as equal whatever the weights round to.
+"""
 
 MIN_LUNG_VOXELS = 10
 """A patch with fewer lung voxels has no descriptor (METHOD 1.3)."""
@@ -65,8 +68,9 @@ CLIP_IQR = 4.0
 """Standardised features are clipped at this many interquartile ranges from the median (METHOD 1.3)."""
 
 _BYTES_PER_VOXEL = 200
-"""Peak per voxel, measured: 103 for the Gabor family alone, 180 for a chunk with what the allocator keeps."""
-_BYTES_PER_CELL = 100
+"""Peak per voxel where a chunk is worked on at once, as on a CUDA device: 99 measured so on a CPU, and 52 for the pairs
+of all directions, which are counted together there. In the blocks of a CPU it is 11 to 16."""
+BYTES_PER_CELL = 100
 """Peak per cell of a co-occurrence matrix of all levels, float64 copies; measured: 70, rounded up."""
 
 
@@ -74,9 +78,10 @@ def feature_names(*, mcc: bool = True) -> tuple[str, ...]:
     """Names of the 34 columns; with ``mcc=False`` the column ``glcm_mcc`` is ``glcm_dissimilarity``."""
     if mcc:
         return FEATURE_NAMES
-    return tuple(glcm.DISSIMILARITY if name == "glcm_mcc" else name for name in FEATURE_NAMES)
+    return tuple(haralick.DISSIMILARITY if name == "glcm_mcc" else name for name in FEATURE_NAMES)
 
 
+@torch.no_grad()
 def compute_descriptors(
     patches_hu: Tensor,
     masks: Tensor,
@@ -84,13 +89,14 @@ def compute_descriptors(
     lung_median_hu: Tensor,
     aggregation: Aggregation = "merged",
     mcc: bool = True,
+    halo: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Tensor:
     """The 34 radiomic features of each patch, computed in chunks under a byte budget.
 
     Parameters
     ----------
-    patches_hu : float32 tensor, shape (N, D, H, W)
+    patches_hu : float32, float64 or int16 tensor, shape (N, D, H, W)
         CT in Hounsfield units; values outside the mask do not matter.
     masks : bool tensor, shape (N, D, H, W)
         Lung voxels.
@@ -100,12 +106,16 @@ def compute_descriptors(
         How the 13 directions of the GLCM are joined.
     mcc : bool
         False replaces the maximal correlation coefficient by the dissimilarity; see ``feature_names``.
+    halo : bool
+        False: neighbours outside the patch do not exist. True: D, H and W include ``windows.HALO_VOXELS`` of the
+        volume on each side of the window, which neighbours are read from (``windows``).
     chunk_bytes : int
-        Working memory allowed; at least one patch is always processed at a time.
+        Working memory allowed; at least one patch is always processed at a time. On Linux a process keeps some of it,
+        up to 62 MiB (``windows.keep_freed_memory``).
 
     Returns
     -------
-    float32 tensor, shape (N, 34)
+    float32 tensor (float64 if the patches are), shape (N, 34)
         Columns ``feature_names(mcc=mcc)`` on the device of the input. A row is all NaN if its patch has fewer than
         ``MIN_LUNG_VOXELS`` lung voxels, else finite. N = 0 gives (0, 34).
 
@@ -114,34 +124,47 @@ def compute_descriptors(
     InputError
         If shapes differ, ``masks`` is not bool, or a lung voxel is not finite.
 
+    Notes
+    -----
+    On CUDA the Gabor family needs full float32 products, torch's default; TF32 costs it digits.
+
     Source
     ------
     METHOD 1.3.
     """
-    check_patches(patches_hu, masks)
+    check_patches(patches_hu, masks, halo=halo)
     num_patches = patches_hu.shape[0]
-    medians = torch.as_tensor(lung_median_hu, dtype=torch.float32, device=patches_hu.device)
+    dtype, device = computing_dtype(patches_hu), patches_hu.device
+    medians = torch.as_tensor(lung_median_hu, device=device).to(dtype)
     if medians.ndim == 0:
         medians = medians.expand(num_patches)
     if medians.shape != (num_patches,):
         raise InputError(f"lung_median_hu must have shape ({num_patches},) or (), but has {tuple(medians.shape)}")
-    result = torch.full((num_patches, len(FEATURE_NAMES)), torch.nan, dtype=torch.float32, device=patches_hu.device)
+    keep_freed_memory(device)
+    result = torch.full((num_patches, len(FEATURE_NAMES)), torch.nan, dtype=dtype, device=device)
     chunk = _chunk_rows(patches_hu.shape[1:], aggregation, chunk_bytes)
     for start in range(0, num_patches, chunk):
-        counts = masks[start : start + chunk].flatten(1).sum(1)
-        rows = start + (counts >= MIN_LUNG_VOXELS).nonzero()[:, 0]
+        inside = masks[start : start + chunk]
+        counts = window_of(inside, halo=halo).flatten(1).sum(1)
+        rows = (counts >= MIN_LUNG_VOXELS).nonzero()[:, 0]
         if rows.numel() == 0:
             continue
-        patches, inside = patches_hu[rows], masks[rows]
-        if not bool((patches.isfinite() | ~inside).all()):
+        patches = patches_hu[start : start + chunk].to(dtype)
+        if rows.numel() < len(counts):
+            patches, inside = patches[rows], inside[rows]
+        rows = rows + start
+        moments = first_order.first_order_features(patches, inside, halo=halo)
+        # the moments of a window are finite if its voxels are; only a halo must be looked at itself
+        finite = keep(patches, inside).isfinite().all() if halo else moments.isfinite().all()
+        if not bool(finite):
             raise InputError("a lung voxel of a patch is NaN or infinite: check the scan for missing HU values")
         families = (
-            first_order.first_order_features(patches, inside),
-            glcm.glcm_features(patches, inside, aggregation=aggregation, mcc=mcc),
-            lbp.lbp_features(patches, inside),
-            gabor.gabor_features(patches, inside, lung_median_hu=medians[rows]),
+            moments,
+            glcm.glcm_features(patches, inside, aggregation=aggregation, mcc=mcc, halo=halo),
+            lbp.lbp_features(patches, inside, halo=halo),
+            gabor.gabor_features(patches, inside, lung_median_hu=medians[rows], halo=halo),
         )
-        result[rows] = torch.cat(families, 1).to(torch.float32)
+        result[rows] = torch.cat(families, 1).to(dtype)
     return result
 
 
@@ -149,7 +172,7 @@ def _chunk_rows(shape: Sequence[int], aggregation: Aggregation, chunk_bytes: int
     """Patches per chunk that keep the working memory under ``chunk_bytes``; at least 1."""
     directions = len(glcm.DIRECTIONS) if aggregation == "mean" else 1
     cells = directions * glcm.NUM_LEVELS**2
-    return max(1, chunk_bytes // (math.prod(shape) * _BYTES_PER_VOXEL + cells * _BYTES_PER_CELL))
+    return max(1, chunk_bytes // (math.prod(shape) * _BYTES_PER_VOXEL + cells * BYTES_PER_CELL))
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,101 @@
-"""First-order statistics of the lung voxels of each patch: mean, standard deviation, skewness, excess kurtosis.
-
-Also home of ``check_patches``, the input check that every family of the descriptor shares.
-"""
+"""First-order statistics of the lung voxels of each patch: mean, standard deviation, skewness, excess kurtosis."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lungseg.errors import InputError
+from lungseg.radiomics.windows import cache_blocks, check_patches, computing_dtype, keep, window_of
 
 NAMES = ("hu_mean", "hu_sd", "hu_skewness", "hu_kurtosis")
 """Columns of ``first_order_features``."""
 
 
-def check_patches(patches_hu: Tensor, masks: Tensor) -> None:
-    """Raise ``InputError`` unless patches and masks are (N, D, H, W), equal in shape and device, masks bool."""
-    if patches_hu.ndim != 4 or patches_hu.shape != masks.shape:
-        shapes = f"{tuple(patches_hu.shape)} and {tuple(masks.shape)}"
-        raise InputError(f"patches and masks must both have shape (N, D, H, W), but have {shapes}")
-    if masks.dtype != torch.bool:
-        raise InputError(f"patch masks must be bool, but are {masks.dtype}")
-    if patches_hu.device != masks.device:
-        raise InputError(f"patches are on {patches_hu.device} but masks on {masks.device}")
-    if 0 in patches_hu.shape[1:]:
-        raise InputError(f"patches of shape {tuple(patches_hu.shape[1:])} hold no voxel")
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean and sums of powers about that mean of the lung voxels of some regions, float64, any shape."""
+
+    count: Tensor
+    mean: Tensor
+    """HU; 0 where the count is 0."""
+    second: Tensor
+    third: Tensor
+    fourth: Tensor
+    """Sums of (x - mean)^2, ^3, ^4."""
+
+    def join(self, other: Moments) -> Moments:
+        """Moments of the union of two disjoint regions each, exact for flat ones (Pébay, SAND2008-6212)."""
+        count = self.count + other.count
+        safe = count.clamp(min=1.0)
+        share, delta = other.count / safe, other.mean - self.mean
+        rest = self.count / safe
+        cross = self.count * share * delta.square()  # n1 n2 / n delta^2
+        second = self.second + other.second + cross
+        turned = rest * other.second - share * self.second
+        third = self.third + other.third + cross * delta * (rest - share) + 3.0 * delta * turned
+        fourth = (
+            self.fourth
+            + other.fourth
+            + cross * delta.square() * (rest.square() - rest * share + share.square())
+            + 6.0 * delta.square() * (rest.square() * other.second + share.square() * self.second)
+            + 4.0 * delta * (rest * other.third - share * self.third)
+        )
+        return Moments(count, self.mean + delta * share, second, third, fourth)
+
+    def stacked(self) -> Tensor:
+        """Count, mean and the three sums in a new last axis."""
+        return torch.stack((self.count, self.mean, self.second, self.third, self.fourth), -1)
+
+    def features(self) -> Tensor:
+        """Mean, SD, skewness, excess kurtosis in a new last axis; NaN where the count is 0."""
+        count = torch.where(self.count > 0, self.count, torch.nan)
+        variance = self.second / count
+        flat = variance == 0
+        safe = torch.where(flat, 1.0, variance)
+        skewness = self.third / count / safe.pow(1.5)
+        kurtosis = torch.where(flat, 0.0, self.fourth / count / safe.square() - 3.0)
+        return torch.stack((self.mean + 0.0 * count, variance.sqrt(), skewness, kurtosis), -1)
 
 
-def first_order_features(patches_hu: Tensor, masks: Tensor) -> Tensor:
+def moments(values: Tensor, masks: Tensor) -> Moments:
+    """Moments of the masked values of each row.
+
+    Parameters
+    ----------
+    values : float32 or float64 tensor, shape (R, V)
+        Values; those outside the mask are not read.
+    masks : bool tensor, shape (R, V)
+        Values that count.
+
+    Returns
+    -------
+    Moments
+        Of shape (R,).
+    """
+    count = masks.sum(1, dtype=torch.float64)
+    safe = count.clamp(min=1.0)[:, None]
+    # Relative to one of them: a flat region is then exactly 0, so that its SD is 0 and not a rounding error.
+    highest = keep(values, masks, fill=-math.inf).amax(1, keepdim=True).to(torch.float64)
+    reference = torch.where(count[:, None] > 0, highest, 0.0)
+    inside = masks.view(torch.uint8).to(torch.float64)
+    centred = keep(values, masks).to(torch.float64).sub_(reference).mul_(inside)
+    mean = centred.sum(1, keepdim=True) / safe
+    centred.sub_(mean).mul_(inside)
+    squared = centred.square()
+    rows, columns = squared[:, None, :], squared[:, :, None]
+    return Moments(
+        count,
+        (reference + mean)[:, 0],
+        squared.sum(1),
+        torch.bmm(rows, centred[:, :, None])[:, 0, 0],
+        torch.bmm(rows, columns)[:, 0, 0],
+    )
+
+
+def first_order_features(patches_hu: Tensor, masks: Tensor, *, halo: bool = False) -> Tensor:
     """Mean, SD, skewness and excess kurtosis of the lung voxels of each patch.
 
     Population moments (divided by n, no bias correction), as in IBSI and pyradiomics; pyradiomics' kurtosis is this
@@ -35,10 +103,12 @@ def first_order_features(patches_hu: Tensor, masks: Tensor) -> Tensor:
 
     Parameters
     ----------
-    patches_hu : float32 tensor, shape (N, D, H, W)
+    patches_hu : float32 or float64 tensor, shape (N, D, H, W)
         CT in Hounsfield units; values outside the mask are not read.
     masks : bool tensor, shape (N, D, H, W)
         Lung voxels.
+    halo : bool
+        Whether the patches come with a halo, which these statistics do not read (``windows``).
 
     Returns
     -------
@@ -55,20 +125,10 @@ def first_order_features(patches_hu: Tensor, masks: Tensor) -> Tensor:
     ------
     METHOD 1.3, item 4; IBSI Q4LE, KE2A, IPH6.
     """
-    check_patches(patches_hu, masks)
-    inside = masks.flatten(1)
-    values = patches_hu.flatten(1).to(torch.float64)
-    count = inside.sum(1).to(torch.float64)  # 0 gives 0/0 = NaN below: an empty mask has no statistics
-    # Values relative to the lowest one: a flat patch is then exactly 0, so that its SD is 0 and not a rounding error.
-    lowest = torch.where(inside, values, torch.inf).amin(1, keepdim=True)
-    relative = torch.where(inside, values - lowest, 0.0)
-    mean = relative.sum(1) / count
-    centred = torch.where(inside, relative - mean[:, None], 0.0)
-    squared = centred.square()
-    variance = squared.sum(1) / count
-    flat = variance == 0
-    safe = torch.where(flat, 1.0, variance)
-    skewness = (squared * centred).sum(1) / count / safe.pow(1.5)
-    kurtosis = squared.square_().sum(1) / count / safe.square() - 3.0
-    kurtosis = torch.where(flat, 0.0, kurtosis)
-    return torch.stack((mean + lowest[:, 0], variance.sqrt(), skewness, kurtosis), 1)
+    check_patches(patches_hu, masks, halo=halo)
+    patches_hu, masks = window_of(patches_hu, halo=halo), window_of(masks, halo=halo)
+    values = patches_hu.to(computing_dtype(patches_hu))
+    result = torch.empty((len(masks), len(NAMES)), dtype=torch.float64, device=masks.device)
+    for block in cache_blocks(len(masks), masks.shape[1:], masks.device):
+        result[block] = moments(values[block].flatten(1), masks[block].flatten(1)).features()
+    return result

@@ -1,22 +1,30 @@
 """Haralick's fourteen statistics of the 3-D grey-level co-occurrence matrix (GLCM) of each patch.
 
-Pairs are counted with integers in one ``bincount`` for the whole batch. Patches are grouped by the span of their grey
-levels, rounded up to a few fixed sizes, so that a patch of quiet lung costs a 12 x 12 matrix and not 57 x 57; the size
-depends on the patch alone, never on its neighbours in the batch. Statistics are float64.
+Pairs are counted with integers, one ``bincount`` per direction for a block of patches. Patches are grouped by the span
+of their grey levels, rounded up to a few fixed sizes, so that a patch of quiet lung costs a 12 x 12 matrix and not
+57 x 57; the size depends on the patch alone, never on its neighbours in the batch. Statistics are in ``haralick``.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lungseg.errors import InputError
-from lungseg.radiomics.first_order import check_patches
+from lungseg.radiomics.haralick import NAMES, SUM_AVERAGE, haralick
+from lungseg.radiomics.windows import (
+    cache_blocks,
+    check_patches,
+    computing_dtype,
+    flat_step,
+    keep,
+    own_voxels,
+    with_border,
+)
 
 Aggregation = Literal["merged", "mean"]
 """``merged``: statistics of the sum of the 13 matrices (IBSI "3D merged"); ``mean``: their mean over directions."""
@@ -32,42 +40,24 @@ DIRECTIONS: tuple[tuple[int, int, int], ...] = tuple(
 )
 """The 13 (z, y, x) steps of distance 1; their opposites are covered by the symmetric matrix."""
 
-NAMES = (
-    "glcm_asm",
-    "glcm_contrast",
-    "glcm_correlation",
-    "glcm_variance",
-    "glcm_idm",
-    "glcm_sum_average",
-    "glcm_sum_variance",
-    "glcm_sum_entropy",
-    "glcm_entropy",
-    "glcm_difference_variance",
-    "glcm_difference_entropy",
-    "glcm_imc1",
-    "glcm_imc2",
-    "glcm_mcc",
-)
-"""Columns of ``glcm_features`` in Haralick's order: f1 (angular second moment) to f14 (maximal correlation)."""
-DISSIMILARITY = "glcm_dissimilarity"
-"""Name of the last column with ``mcc=False``."""
-
-_MATRIX_SIZES = (4, 8, 12, 16, 20, 24, 32, 40, 48)
+MATRIX_SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48)
 """Matrix sizes patches are grouped into, by span of grey levels; larger spans take all levels."""
+_CACHE_CELLS = 2**16
+"""Cells of float64 matrices whose statistics are taken at once on a CPU."""
 
 
 def glcm_features(
-    patches_hu: Tensor, masks: Tensor, *, aggregation: Aggregation = "merged", mcc: bool = True
+    patches_hu: Tensor, masks: Tensor, *, aggregation: Aggregation = "merged", mcc: bool = True, halo: bool = False
 ) -> Tensor:
     """Haralick's 14 texture statistics of the lung voxels of each patch.
 
     Fixed bins of 25 HU from -1024 HU, grey levels 1..57; 13 directions, distance 1, symmetric; a pair counts only if
-    both voxels are lung and inside the patch. Entropies are in bits. Sum variance is about the sum average
-    (pyradiomics' ClusterTendency).
+    both voxels are lung and inside the patch (with a halo, the first of them). Entropies are in bits. Sum variance is
+    about the sum average (pyradiomics' ClusterTendency).
 
     Parameters
     ----------
-    patches_hu : float32 tensor, shape (N, D, H, W)
+    patches_hu : float32 or float64 tensor, shape (N, D, H, W)
         CT in Hounsfield units; values outside the mask are not read.
     masks : bool tensor, shape (N, D, H, W)
         Lung voxels.
@@ -75,6 +65,8 @@ def glcm_features(
         Statistics of the 13 matrices summed, or their mean over the directions that have a pair.
     mcc : bool
         False puts the dissimilarity, mean |i - j|, in place of the costly maximal correlation coefficient.
+    halo : bool
+        Whether the patches come with a halo (``windows``).
 
     Returns
     -------
@@ -91,22 +83,30 @@ def glcm_features(
     ------
     METHOD 1.3, item 1; Haralick et al., IEEE SMC 1973; IBSI chapter 3.6 (codes in ``descriptor.IBSI_CODES``).
     """
-    check_patches(patches_hu, masks)
-    levels = grey_levels(patches_hu, masks)
-    return glcm_features_of_levels(levels, masks, num_levels=NUM_LEVELS, aggregation=aggregation, mcc=mcc)
+    check_patches(patches_hu, masks, halo=halo)
+
+    def levels_of(block: slice) -> Tensor:
+        return grey_levels(patches_hu[block], masks[block])
+
+    return _features(levels_of, masks, num_levels=NUM_LEVELS, aggregation=aggregation, mcc=mcc, halo=halo)
 
 
 def grey_levels(patches_hu: Tensor, masks: Tensor) -> Tensor:
-    """Bin index 0..56 of each lung voxel (int32, same shape); 0 outside the mask. Exact for any float HU."""
-    # The bin edges are whole HU, so floor loses nothing; then integers, because CUDA divides floats by a constant
-    # through its rounded inverse, which puts some edges into the bin below.
-    whole = torch.where(masks, patches_hu.to(torch.float32), float(LOWEST_HU)).floor_()
-    steps = whole.clamp_(LOWEST_HU, HIGHEST_HU).sub_(LOWEST_HU).to(torch.int32)
-    return steps.div_(BIN_WIDTH_HU, rounding_mode="floor")
+    """Bin index 0..56 of each lung voxel (int16, same shape); 0 outside the mask. Exact for any float HU."""
+    # The bin edges are whole HU, so floor loses nothing. The middle of a whole HU is at least 1/50 of a bin from any
+    # edge: multiplied by the rounded inverse of the width it stays in its bin, on every device.
+    values = keep(patches_hu.to(computing_dtype(patches_hu)), masks, fill=float(LOWEST_HU)).floor_()
+    return values.clamp_(LOWEST_HU, HIGHEST_HU).add_(0.5 - LOWEST_HU).mul_(1.0 / BIN_WIDTH_HU).to(torch.int16)
 
 
 def glcm_features_of_levels(
-    levels: Tensor, masks: Tensor, *, num_levels: int, aggregation: Aggregation = "merged", mcc: bool = True
+    levels: Tensor,
+    masks: Tensor,
+    *,
+    num_levels: int,
+    aggregation: Aggregation = "merged",
+    mcc: bool = True,
+    halo: bool = False,
 ) -> Tensor:
     """``glcm_features`` of integer grey levels.
 
@@ -127,28 +127,58 @@ def glcm_features_of_levels(
     InputError
         If shapes differ, ``masks`` is not bool or ``aggregation`` is unknown.
     """
-    check_patches(levels, masks)
+    check_patches(levels, masks, halo=halo)
+    wide = levels.to(torch.int16)
+    return _features(
+        lambda block: wide[block], masks, num_levels=num_levels, aggregation=aggregation, mcc=mcc, halo=halo
+    )
+
+
+def _features(
+    levels_of: Callable[[slice], Tensor],
+    masks: Tensor,
+    *,
+    num_levels: int,
+    aggregation: Aggregation,
+    mcc: bool,
+    halo: bool,
+) -> Tensor:
+    """``glcm_features`` of the grey levels (int16, with their halo if any) that ``levels_of`` gives for some rows."""
     if aggregation not in ("merged", "mean"):
         raise InputError(f"unknown GLCM aggregation {aggregation!r}: use 'merged' or 'mean'")
-    levels = levels.to(torch.int32)
-    result = torch.full((levels.shape[0], len(NAMES)), torch.nan, dtype=torch.float64, device=levels.device)
-    lowest = torch.where(masks, levels, num_levels).flatten(1).amin(1)
-    highest = torch.where(masks, levels, -1).flatten(1).amax(1)
-    for size, rows in _groups(highest - lowest + 1, (*_MATRIX_SIZES, num_levels)):
-        whole = rows.numel() == levels.shape[0]
-        group, inside, base = (levels, masks, lowest) if whole else (levels[rows], masks[rows], lowest[rows])
-        relative = torch.where(inside, group - base[:, None, None, None], size)
-        counts = _count_pairs(relative, size, per_direction=aggregation == "mean")
-        found = counts.sum((2, 3)) > 0  # (N, A): directions with at least one pair
-        values = _statistics(counts.flatten(0, 1), mcc=mcc).unflatten(0, found.shape)
-        values[..., 5] += 2.0 * (base[:, None] + 1.0)  # sum average: back to levels that start at 1
-        weights = found.to(torch.float64)[..., None]
-        mean = (values * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-        result[rows] = torch.where(found.any(1)[:, None], mean, _flat_values(group, inside, mcc=mcc))
+    result = torch.full((len(masks), len(NAMES)), torch.nan, dtype=torch.float64, device=masks.device)
+    sizes = (*(size for size in MATRIX_SIZES if size < num_levels), num_levels)
+    pending: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for block in cache_blocks(len(masks), masks.shape[1:], masks.device):
+        levels = with_border(levels_of(block), halo=halo, fill=0)
+        inside = with_border(masks[block], halo=halo, fill=False).view(torch.uint8).to(torch.int16)
+        own = inside if not halo else own_voxels(masks[block], halo=True).view(torch.uint8).to(torch.int16)
+        highest = ((levels + 1) * inside).flatten(1).amax(1).to(torch.int32) - 1
+        lowest = num_levels - ((num_levels - levels) * inside).flatten(1).amax(1).to(torch.int32)
+        span = highest - lowest + 1
+        size = next(size for size in sizes if size >= int(span.max()))
+        # levels relative to the lowest of the patch; ``size`` marks voxels that do not count
+        relative = levels - (lowest + size).to(torch.int16)[:, None, None, None]
+        second = (relative * inside).add_(size)
+        first = second if not halo else relative.mul_(own).add_(size)
+        owners = torch.arange(len(levels), device=levels.device, dtype=torch.int32)[:, None, None, None]
+        counts = count_pairs(first, second, owners, len(levels), size=size, per_direction=aggregation == "mean")
+        for kept, rows in groups(span, sizes):
+            part = (rows + block.start, lowest[rows], counts[rows, :, :kept, :kept])
+            pending.setdefault(kept, []).append(part)
+        lonely = ((counts.sum((1, 2, 3)) == 0) & (own.flatten(1).amax(1) > 0)).nonzero()[:, 0]
+        if lonely.numel():
+            weights = own[lonely].flatten(1).to(torch.float64)
+            mean = (levels[lonely].flatten(1) * weights).sum(1) / weights.sum(1)
+            result[lonely + block.start] = lonely_features(mean, mcc=mcc)
+    for parts in pending.values():
+        rows, base, counts = (torch.cat(column) for column in zip(*parts, strict=True))
+        values = features_of_counts(counts, base, mcc=mcc)
+        result[rows] = torch.where(values.isnan(), result[rows], values)
     return result
 
 
-def _groups(span: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+def groups(span: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
     """(size, row indices) of the rows whose span fits each size and no smaller one; rows of span <= 0 are left out."""
     below = 0
     for size in sizes:
@@ -158,126 +188,85 @@ def _groups(span: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[int, Tensor]
         below = max(below, size)
 
 
-def _count_pairs(levels: Tensor, size: int, *, per_direction: bool) -> Tensor:
-    """Symmetric pair counts (N, A, size, size), float64, A = 13 or 1; level ``size`` marks voxels that do not count."""
-    num_patches, *shape = levels.shape
-    edge = size + 1  # the extra row and column collect the pairs with an excluded voxel and are cut off at the end
-    slots = len(DIRECTIONS) if per_direction else 1
-    total = num_patches * slots * edge * edge
-    dtype = torch.int32 if total < 2**31 else torch.int64
-    second = levels.to(dtype)
-    patch = torch.arange(num_patches, device=levels.device, dtype=dtype)[:, None, None, None]
-    first = (patch * (slots * edge) + second) * edge
-    pairs_of = [math.prod(n - abs(step) for n, step in zip(shape, steps, strict=True)) for steps in DIRECTIONS]
-    codes = torch.empty(num_patches * sum(pairs_of), dtype=dtype, device=levels.device)
-    start = 0
-    for index, (steps, pairs) in enumerate(zip(DIRECTIONS, pairs_of, strict=True)):
-        here, there = _pair_views(first, second, steps)
-        chunk = codes[start : start + num_patches * pairs].view(here.shape)
-        torch.add(here, there, out=chunk)
-        if per_direction:
-            chunk += index * edge * edge
-        start += num_patches * pairs
-    counts = torch.bincount(codes, minlength=total).view(num_patches, slots, edge, edge)
-    counts = counts[..., :size, :size].to(torch.float64)
-    return counts + counts.mT
+def count_pairs(
+    first: Tensor, second: Tensor, owners: Tensor, num_owners: int, *, size: int, per_direction: bool
+) -> Tensor:
+    """How many pairs of each two grey levels each owner has; a pair belongs to the owner of its first voxel.
 
+    Parameters
+    ----------
+    first, second : int16 tensors, shape (..., D, H, W), contiguous
+        Grey level 0 to ``size`` - 1 of the voxels that may be the first and the second of a pair, ``size`` elsewhere,
+        in a layout in which no step leads from one that may be first to one that is not its neighbour
+        (``windows.with_border``).
+    owners : integer tensor that broadcasts to their shape
+        Number of the window or block each voxel belongs to, 0 to ``num_owners`` - 1.
 
-def _pair_views(first: Tensor, second: Tensor, steps: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Views of ``first`` and ``second`` whose equal positions are the two voxels of each pair."""
-    for axis, step in enumerate(steps, start=1):
-        length = first.shape[axis] - abs(step)
-        first = first.narrow(axis, max(-step, 0), length)
-        second = second.narrow(axis, max(step, 0), length)
-    return first, second
-
-
-def _statistics(counts: Tensor, *, mcc: bool) -> Tensor:
-    """The 14 statistics of (M, L, L) symmetric counts, levels numbered from 0 here; (M, 14). Empty matrix: finite."""
-    size = counts.shape[-1]
-    p = counts / counts.sum((1, 2), keepdim=True).clamp(min=1.0)
-    marginal = p.sum(2)
-    level = torch.arange(size, dtype=p.dtype, device=p.device)
-    mean = marginal @ level
-    variance = (marginal * (level - mean[:, None]).square()).sum(1)
-    p_sum = _antidiagonal_sums(p)  # index k = i + j
-    differences = _antidiagonal_sums(p.flip(2))[:, size - 1 :]  # index k = i - j >= 0
-    p_diff = torch.cat((differences[:, :1], 2.0 * differences[:, 1:]), 1)  # symmetric: |i - j|
-    contrast = p_diff @ level.square()
-    mean_difference = p_diff @ level
-    sums = torch.arange(2 * size - 1, dtype=p.dtype, device=p.device)
-    flat = variance == 0
-    # var(i - j) = contrast = 2 var - 2 cov for a symmetric matrix, hence correlation = cov / var = 1 - contrast / 2 var
-    correlation = 1.0 - contrast / (2.0 * torch.where(flat, 1.0, variance))
-    joint_entropy = _entropy_bits(p.flatten(1))
-    marginal_entropy = _entropy_bits(marginal)
-    # For a symmetric matrix HXY1 = HXY2 = 2 HX; >= 0 up to rounding
-    mutual_information = (2.0 * marginal_entropy - joint_entropy).clamp(min=0.0)
-    return torch.stack(
-        (
-            p.square().sum((1, 2)),
-            contrast,
-            torch.where(flat, 1.0, correlation),
-            variance,
-            p_diff @ (1.0 / (1.0 + level.square())),
-            2.0 * mean,
-            (p_sum * (sums - 2.0 * mean[:, None]).square()).sum(1),
-            _entropy_bits(p_sum),
-            joint_entropy,
-            (p_diff * (level - mean_difference[:, None]).square()).sum(1),
-            _entropy_bits(p_diff),
-            torch.where(flat, 0.0, -mutual_information / torch.where(flat, 1.0, marginal_entropy)),
-            (-torch.expm1(-2.0 * mutual_information)).sqrt(),
-            _maximal_correlation(p, marginal) if mcc else mean_difference,
-        ),
-        1,
-    )
-
-
-def _antidiagonal_sums(p: Tensor) -> Tensor:
-    """Sum of (M, L, L) over i + j = k for k = 0..2L-2; (M, 2L-1)."""
-    num, size, _ = p.shape
-    # Padded to width 2L and read back with width 2L-1, each row starts one column further right than the one above.
-    skewed = torch.nn.functional.pad(p, (0, size)).flatten(1)[:, : size * (2 * size - 1)]
-    return skewed.reshape(num, size, 2 * size - 1).sum(1)
-
-
-def _entropy_bits(p: Tensor) -> Tensor:
-    """Entropy in bits over the last axis; 0 log 0 = 0."""
-    return torch.special.entr(p).sum(-1) / math.log(2.0)
-
-
-def _maximal_correlation(p: Tensor, marginal: Tensor) -> Tensor:
-    """Maximal correlation coefficient of (M, L, L) symmetric matrices; 1 for a single level.
-
-    Q = D^-1 P D^-1 P is similar to S^2 with the symmetric S = D^-1/2 P D^-1/2, whose eigenvalue 1 has the known
-    eigenvector sqrt(marginal). Taken off, the root of Q's second eigenvalue is the largest |eigenvalue| that is left.
+    Returns
+    -------
+    int32 tensor, shape (num_owners, A, size, size)
+        Level of the first by level of the second voxel; A = 13 directions, or 1 for their sum. Added to its transpose
+        it is the symmetric matrix.
     """
-    present = marginal > 0
-    num_present = present.sum(1)
-    root = marginal.sqrt()
-    scale = torch.where(present, 1.0 / torch.where(present, root, 1.0), 0.0)
-    deflated = scale[:, :, None] * p * scale[:, None, :] - root[:, :, None] * root[:, None, :]
-    result = torch.ones_like(num_present, dtype=p.dtype)
-    # Levels that occur are moved to the front: the eigenvalues of the empty rows and columns are 0 and cost time.
-    order = torch.argsort(present.to(torch.int8), dim=1, descending=True, stable=True)
-    size = p.shape[-1]
-    for kept, rows in _groups(num_present, (1, *range(2, size, 2), size)):
-        if kept == 1:
-            continue
-        index = order[rows, :kept]
-        small = deflated[rows[:, None, None], index[:, :, None], index[:, None, :]]
-        result[rows] = torch.linalg.eigvalsh(small).abs().amax(1).clamp(max=1.0)
+    edge = size + 1  # the extra row and column collect the pairs with an excluded voxel and are cut off at the end
+    cells, slots = num_owners * edge * edge, len(DIRECTIONS) if per_direction else 1
+    dtype = torch.int16 if cells * slots < 2**15 else torch.int32 if cells * slots < 2**31 else torch.int64
+    base = (first.to(dtype) + owners.to(dtype) * edge).mul_(edge).view(-1)
+    level = second.to(dtype).view(-1)
+    # Of small windows the table is larger than the list of their pairs: all directions go into it at once.
+    together = first.is_cuda or cells > first.numel()
+    counts = torch.zeros((slots, cells), dtype=torch.int64, device=first.device)
+    codes = torch.empty((len(DIRECTIONS) if together else 1, len(level)), dtype=dtype, device=first.device)
+    for index, steps in enumerate(DIRECTIONS):
+        step, slot = min(flat_step(first.shape, steps), len(level)), index if per_direction else 0
+        row = codes[index if together else 0]
+        torch.add(base[: len(level) - step], level[step:], out=row[: len(level) - step])
+        row[len(level) - step :] = cells - 1  # behind the last voxel: excluded, as that corner is cut off
+        if not together:
+            counts[slot] += torch.bincount(row, minlength=cells)
+        elif per_direction:
+            row += index * cells
+    if together:
+        counts += torch.bincount(codes.view(-1), minlength=slots * cells).view(slots, cells)
+    table = counts.view(slots, num_owners, edge, edge)[:, :, :size, :size]
+    return table.to(torch.int32).transpose(0, 1)
+
+
+def features_of_counts(counts: Tensor, lowest: Tensor, *, mcc: bool) -> Tensor:
+    """Haralick's statistics of the symmetric matrices of pair counts, the mean over the directions that have a pair.
+
+    Parameters
+    ----------
+    counts : integer tensor, shape (M, A, L, L)
+        From ``count_pairs``, or sums of those; levels relative to ``lowest``.
+    lowest : integer tensor, shape (M,)
+        Grey level, counted from 0, of the first row.
+
+    Returns
+    -------
+    float64 tensor, shape (M, 14)
+        NaN where there is no pair.
+    """
+    num, slots, size, _ = counts.shape
+    step = num if counts.is_cuda else max(1, _CACHE_CELLS // (slots * size * size))
+    result = torch.empty((num, len(NAMES)), dtype=torch.float64, device=counts.device)
+    for start in range(0, num, max(1, step)):
+        part = counts[start : start + step]
+        part = part + part.mT
+        found = part.sum((2, 3)) > 0  # (m, A): directions with at least one pair
+        values = haralick(part.flatten(0, 1).to(torch.float64), mcc=mcc).unflatten(0, found.shape)
+        values[..., SUM_AVERAGE] += 2.0 * (lowest[start : start + step, None] + 1.0)  # back to levels that start at 1
+        weights = found.to(torch.float64)[..., None]
+        mean = (values * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        result[start : start + step] = torch.where(found.any(1)[:, None], mean, torch.nan)
     return result
 
 
-def _flat_values(levels: Tensor, masks: Tensor, *, mcc: bool) -> Tensor:
-    """What a patch without any pair counts as: a flat one at its mean level; (N, 14)."""
-    inside = masks.flatten(1)
-    mean = torch.where(inside, levels.flatten(1), 0).sum(1).to(torch.float64) / inside.sum(1)
-    row = torch.zeros(len(NAMES), dtype=torch.float64, device=levels.device)
+def lonely_features(mean_level: Tensor, *, mcc: bool) -> Tensor:
+    """What a window without any pair counts as: a flat one at its mean level (counted from 0); (M, 14) of (M,)."""
+    row = torch.zeros(len(NAMES), dtype=torch.float64, device=mean_level.device)
     ones = [NAMES.index(name) for name in ("glcm_asm", "glcm_correlation", "glcm_idm")]
     row[[*ones, NAMES.index("glcm_mcc")] if mcc else ones] = 1.0
-    values = row.repeat(levels.shape[0], 1)
-    values[:, NAMES.index("glcm_sum_average")] = 2.0 * (mean + 1.0)
+    values = row.repeat(len(mean_level), 1)
+    values[:, SUM_AVERAGE] = 2.0 * (mean_level.to(torch.float64) + 1.0)
     return values

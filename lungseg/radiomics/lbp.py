@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lungseg.radiomics.first_order import check_patches
+from lungseg.radiomics.windows import (
+    cache_blocks,
+    check_patches,
+    computing_dtype,
+    flat_step,
+    own_voxels,
+    window_of,
+    with_border,
+)
 
 NUM_BINS = 8
 """P + 2 with P = 6 points: 0..6 = number of points not darker in a uniform pattern, 7 = any other pattern."""
@@ -16,28 +26,32 @@ DEAD_BAND_HU = 5.0
 FLAT_BIN = 6
 """Bin of a voxel in a flat neighbourhood: all six points equal the centre."""
 
-_PLANES = ((2, 3), (1, 3), (1, 2))
-"""Row and column axis of axial, coronal and sagittal slices of (N, D, H, W)."""
+PLANES = (((0, 1, 0), (0, 0, 1)), ((1, 0, 0), (0, 0, 1)), ((1, 0, 0), (0, 1, 0)))
+"""Steps (z, y, x) to the next row and the next column of axial, coronal and sagittal slices."""
 _SIN60 = 0.86603
 """Row offset of the four oblique points of a circle of radius 1, rounded to five decimals as scikit-image does."""
 _CODES = 64  # 2^6 patterns; code 64 marks voxels without a full neighbourhood
 
 
-def lbp_features(patches_hu: Tensor, masks: Tensor, *, dead_band_hu: float = DEAD_BAND_HU) -> Tensor:
+def lbp_features(
+    patches_hu: Tensor, masks: Tensor, *, dead_band_hu: float = DEAD_BAND_HU, halo: bool = False
+) -> Tensor:
     """Uniform rotation-invariant LBP histogram (P = 6, R = 1) of the lung voxels of each patch.
 
     Every axial, coronal and sagittal slice is used. The four oblique points are bilinear between pixels, which takes
-    the whole 3 x 3 neighbourhood: a voxel counts only if all nine pixels are lung and inside the patch. The shares of
-    each plane orientation are averaged over the orientations that have such a voxel.
+    the whole 3 x 3 neighbourhood: a voxel counts only if all nine pixels are lung, and inside the patch unless it has
+    a halo. The shares of each plane orientation are averaged over the orientations that have such a voxel.
 
     Parameters
     ----------
-    patches_hu : float32 tensor, shape (N, D, H, W)
+    patches_hu : float32 or float64 tensor, shape (N, D, H, W)
         CT in Hounsfield units; values outside the mask do not matter.
     masks : bool tensor, shape (N, D, H, W)
         Lung voxels.
     dead_band_hu : float
         A point is "not darker" if it is at least the centre minus this many HU; 0 is scikit-image's rule.
+    halo : bool
+        Whether the patches come with a halo (``windows``).
 
     Returns
     -------
@@ -54,66 +68,103 @@ def lbp_features(patches_hu: Tensor, masks: Tensor, *, dead_band_hu: float = DEA
     ------
     METHOD 1.3, item 2; Ojala et al., TPAMI 2002; scikit-image ``local_binary_pattern(method="uniform")``.
     """
-    check_patches(patches_hu, masks)
-    num_patches = patches_hu.shape[0]
-    values = patches_hu.to(torch.float32)
+    check_patches(patches_hu, masks, halo=halo)
+    num_patches = len(masks)
+    counts = torch.empty((num_patches, len(PLANES), NUM_BINS), dtype=torch.float64, device=masks.device)
+    for block in cache_blocks(num_patches, masks.shape[1:], masks.device):
+        values = with_border(patches_hu[block].to(computing_dtype(patches_hu)), halo=halo, fill=0.0)
+        own = own_voxels(masks[block], halo=halo)
+        owners = torch.arange(len(values), device=values.device, dtype=torch.int32)[:, None, None, None]
+        lung = with_border(masks[block], halo=halo, fill=False)
+        counts[block] = pattern_counts(values, lung, own, owners, len(values), dead_band_hu=dead_band_hu)
+    any_lung = window_of(masks, halo=halo).flatten(1).sum(1) > 0
+    return pattern_shares(counts, any_lung)
+
+
+def pattern_counts(
+    values: Tensor, lung: Tensor, own: Tensor, owners: Tensor, num_owners: int, *, dead_band_hu: float = DEAD_BAND_HU
+) -> Tensor:
+    """How many voxels of each owner show each pattern, plane by plane.
+
+    Parameters
+    ----------
+    values : float tensor, shape (..., D, H, W), contiguous
+        HU, in a layout in which no step of one voxel leads from a voxel of ``own`` to a lung voxel that is not its
+        neighbour (``windows.with_border``).
+    lung, own : bool tensors, shape of ``values``, contiguous
+        Voxels that may be read; those of them that count as centres.
+    owners : integer tensor that broadcasts to the shape of ``values``
+        Number of the window or block each voxel belongs to, 0 to ``num_owners`` - 1.
+
+    Returns
+    -------
+    float64 tensor, shape (num_owners, 3, 8)
+        Whole numbers.
+    """
     table = _bin_of_code().to(values.device)
-    total = torch.zeros((num_patches, NUM_BINS), dtype=torch.float64, device=values.device)
-    planes = torch.zeros((num_patches, 1), dtype=torch.float64, device=values.device)
-    for row_axis, column_axis in _PLANES:
-        if values.shape[row_axis] < 3 or values.shape[column_axis] < 3:
-            continue
-        codes = _pattern_codes(values, row_axis, column_axis, dead_band_hu).to(torch.int32)
-        codes.masked_fill_(~_full_neighbourhood(masks, row_axis, column_axis), _CODES)
-        first = torch.arange(num_patches, device=values.device, dtype=torch.int32) * (_CODES + 1)
-        flat = (codes + first[:, None, None, None]).reshape(-1)
-        counts = torch.bincount(flat, minlength=num_patches * (_CODES + 1)).view(num_patches, _CODES + 1)
-        histogram = counts[:, :_CODES].to(torch.float64) @ table
-        sites = histogram.sum(1, keepdim=True)
-        total += histogram / sites.clamp(min=1.0)
-        planes += sites > 0
-    result = total / planes.clamp(min=1.0)
-    flat_row = torch.zeros_like(result[0:1]).index_fill_(1, torch.tensor([FLAT_BIN], device=result.device), 1.0)
-    result = torch.where(planes > 0, result, flat_row)
-    return torch.where(masks.flatten(1).any(1)[:, None], result, torch.nan)
+    edge = _CODES + 1
+    dtype = torch.int16 if num_owners * edge < 2**15 else torch.int32
+    excluded = (owners * edge + _CODES).to(dtype)
+    flat, shape = values.reshape(-1), values.shape
+    lung_bits, own_bits = (flags.view(torch.uint8).to(dtype).reshape(-1) for flags in (lung, own))
+    # rows of three lung voxels along each axis, once for the two planes that need them
+    threes = {step: _all_three(lung_bits, flat_step(shape, step)) for _, step in PLANES}
+    counts = []
+    for row, column in PLANES:
+        down, right = flat_step(shape, row), flat_step(shape, column)
+        start, length = down + right, flat.numel() - 2 * (down + right)
+        keys = torch.zeros_like(own_bits)
+        if length > 0:
+            full = _all_three(threes[column], down).bitwise_and_(own_bits).narrow(0, start, length)
+            codes = _pattern_codes(flat, down, right, dead_band_hu).to(dtype)
+            torch.mul(codes.sub_(_CODES), full, out=keys.narrow(0, start, length))
+        keys = keys.view(shape).add_(excluded).view(-1)
+        found = torch.bincount(keys, minlength=num_owners * edge).view(num_owners, edge)
+        counts.append(found[:, :_CODES].to(torch.float64) @ table)
+    return torch.stack(counts, 1)
 
 
-def _pattern_codes(values: Tensor, row_axis: int, column_axis: int, dead_band_hu: float) -> Tensor:
-    """6-bit pattern of each interior pixel of the slices; uint8, two shorter along both axes of the plane."""
-    centre = _shifted(values, row_axis, column_axis, 0, 0)
+def pattern_shares(counts: Tensor, any_lung: Tensor) -> Tensor:
+    """Shares (..., 8) of the patterns from their counts (..., 3, 8), the mean over planes that have any."""
+    sites = counts.sum(-1, keepdim=True)
+    planes = (sites > 0).sum(-2)
+    result = (counts / sites.clamp(min=1.0)).sum(-2) / planes.clamp(min=1)
+    flat_row = torch.zeros(NUM_BINS, dtype=result.dtype, device=result.device)
+    flat_row[FLAT_BIN] = 1.0
+    return torch.where(any_lung[..., None], torch.where(planes > 0, result, flat_row), torch.nan)
 
-    def difference(row: int, column: int) -> Tensor:
-        # Differences first: in a flat neighbourhood they are exactly 0, whatever the interpolation weights round to.
-        return _shifted(values, row_axis, column_axis, row, column) - centre
 
-    right, left = difference(0, 1), difference(0, -1)
-    near, far = 0.5 * (1.0 - _SIN60), 0.5 * _SIN60
-    codes = (right >= -dead_band_hu).to(torch.uint8)
-    codes |= (left >= -dead_band_hu).to(torch.uint8) << 3
+def _pattern_codes(flat: Tensor, down: int, right: int, dead_band_hu: float) -> Tensor:
+    """6-bit pattern of each voxel from ``down + right`` on, as many before the end left out; whole floats."""
+    start, length = down + right, flat.numel() - 2 * (down + right)
+
+    def at(values: Tensor, shift: int) -> Tensor:
+        return values.narrow(0, start + shift, length)
+
+    # An oblique point lies between two rows, half-way between two columns. lerp gives a exactly between a and a,
+    # whatever the weight: equal pixels are equal to the centre, or darker by exactly the dead band.
+    middle = torch.lerp(flat[:-right], flat[right:], 0.5)  # at i: between column i and the next
+    above = torch.lerp(middle[down:], middle[:-down], _SIN60)  # at i - down: between row i and the one above
+    below = torch.lerp(middle[:-down], middle[down:], _SIN60)
+    darkest = at(flat, 0) - dead_band_hu
     # Bits go round the circle counter-clockwise: right, up-right, up-left, left, down-left, down-right.
-    for row, right_bit, left_bit in ((-1, 1, 2), (1, 5, 4)):
-        middle = difference(row, 0)
-        for column, level, bit in ((1, right, right_bit), (-1, left, left_bit)):
-            point = (difference(row, column) + middle).mul_(far).add_(level, alpha=near)
-            codes |= (point >= -dead_band_hu).to(torch.uint8) << bit
+    points = (at(below, 0), at(below, -right), at(flat, -right), at(above, -down - right), at(above, -down))
+    # Comparisons into floats, which are 4 times faster than into bools on a CPU
+    codes, bit = torch.ge(points[0], darkest, out=torch.empty_like(darkest)), torch.empty_like(darkest)
+    for point in (*points[1:], at(flat, right)):
+        torch.ge(point, darkest, out=bit)
+        torch.add(bit, codes, alpha=2, out=codes)
     return codes
 
 
-def _full_neighbourhood(masks: Tensor, row_axis: int, column_axis: int) -> Tensor:
-    """True for interior pixels whose 3 x 3 neighbourhood in the plane is all lung."""
-    result = masks
-    for axis in (row_axis, column_axis):
-        size = result.shape[axis] - 2
-        result = result.narrow(axis, 0, size) & result.narrow(axis, 1, size) & result.narrow(axis, 2, size)
-    return result
+def _all_three(flags: Tensor, step: int) -> Tensor:
+    """1 where an integer flag and both its neighbours along an axis are 1; the ends of the flat array are 0."""
+    result = torch.zeros_like(flags)
+    torch.bitwise_and(flags[: -2 * step], flags[2 * step :], out=result[step:-step])
+    return result.bitwise_and_(flags)
 
 
-def _shifted(values: Tensor, row_axis: int, column_axis: int, row: int, column: int) -> Tensor:
-    """Interior view of ``values`` moved by (row, column) pixels in the plane."""
-    rows = values.narrow(row_axis, 1 + row, values.shape[row_axis] - 2)
-    return rows.narrow(column_axis, 1 + column, values.shape[column_axis] - 2)
-
-
+@functools.cache
 def _bin_of_code() -> Tensor:
     """Table (64, 8) of 0 and 1: which bin each 6-bit pattern falls into."""
     table = torch.zeros((_CODES, NUM_BINS), dtype=torch.float64)

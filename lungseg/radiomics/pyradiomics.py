@@ -6,6 +6,7 @@ have in this form, come from this package.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from lungseg.errors import ResourceError
 from lungseg.radiomics import first_order, glcm
-from lungseg.radiomics.descriptor import FAMILIES, compute_descriptors
+from lungseg.radiomics.descriptor import FAMILIES, compute_descriptors, feature_names
 from lungseg.radiomics.glcm import Aggregation
+from lungseg.radiomics.haralick import DISSIMILARITY
 
 GLCM_FEATURES = {
     "glcm_asm": "JointEnergy",
@@ -34,13 +36,20 @@ GLCM_FEATURES = {
     "glcm_imc1": "Imc1",
     "glcm_imc2": "Imc2",
     "glcm_mcc": "MCC",
+    DISSIMILARITY: "DifferenceAverage",
 }
-"""pyradiomics' name of each of Haralick's fourteen; the sum average is twice its JointAverage, re-based."""
+"""pyradiomics' name of each of Haralick's fourteen, and of the dissimilarity in the place of the last; the
+sum average is twice its JointAverage, re-based."""
 FIRST_ORDER_FEATURES = ("Mean", "Variance", "Skewness", "Kurtosis")
 
 
 def compute_descriptors_pyradiomics(
-    patches_hu: Tensor, masks: Tensor, *, lung_median_hu: Tensor, aggregation: Aggregation = "merged"
+    patches_hu: Tensor,
+    masks: Tensor,
+    *,
+    lung_median_hu: Tensor,
+    aggregation: Aggregation = "merged",
+    mcc: bool = True,
 ) -> Tensor:
     """The 34 radiomic features of each patch, first-order and GLCM computed by pyradiomics.
 
@@ -48,17 +57,17 @@ def compute_descriptors_pyradiomics(
     its bin edges, multiples of 25, fall on ours. Its grey levels start at the lowest of the patch: the sum average is
     brought back to levels from -1024 HU. Its kurtosis is not excess: 3 is taken off. The value of the torch backend
     stands where pyradiomics has none: a patch without any pair of lung voxels, and its IMC2 where the mutual
-    information is 0 but rounds below it (the root of a negative number).
+    information is 0 but rounds below it (the root of a negative number). It knows no halo: pairs lie in the patch.
 
     Parameters
     ----------
-    patches_hu, masks, lung_median_hu, aggregation
+    patches_hu, masks, lung_median_hu, aggregation, mcc
         As ``descriptor.compute_descriptors``.
 
     Returns
     -------
-    float32 tensor, shape (N, 34)
-        Columns ``FEATURE_NAMES``; rows with fewer than ``MIN_LUNG_VOXELS`` lung voxels are all NaN.
+    float32 tensor (float64 if the patches are), shape (N, 34)
+        Columns ``feature_names(mcc=mcc)``; rows with fewer than ``MIN_LUNG_VOXELS`` lung voxels are all NaN.
 
     Raises
     ------
@@ -72,16 +81,17 @@ def compute_descriptors_pyradiomics(
     METHOD 1.3, item 1; van Griethuysen et al., Cancer Research 2017.
     """
     classes = _feature_classes()
-    result = compute_descriptors(patches_hu, masks, lung_median_hu=lung_median_hu, aggregation=aggregation)
+    result = compute_descriptors(patches_hu, masks, lung_median_hu=lung_median_hu, aggregation=aggregation, mcc=mcc)
+    names = feature_names(mcc=mcc)[FAMILIES["glcm"]]
     values = patches_hu.detach().cpu().numpy().astype(np.float64)
     inside = masks.detach().cpu().numpy()
     valid = result.isfinite().all(1).cpu().numpy()
     for row in np.flatnonzero(valid):
         theirs = {"first_order": _first_order(classes, values[row], inside[row])}
         if _has_pair(inside[row]):
-            theirs["glcm"] = _glcm(classes, values[row], inside[row], aggregation)
+            theirs["glcm"] = _glcm(classes, values[row], inside[row], aggregation, names)
         for family, numbers in theirs.items():
-            answer = torch.tensor(numbers, dtype=torch.float32, device=result.device)
+            answer = torch.tensor(numbers, dtype=result.dtype, device=result.device)
             ours = result[row, FAMILIES[family]]
             result[row, FAMILIES[family]] = torch.where(answer.isfinite(), answer, ours)
     return result
@@ -117,18 +127,22 @@ def _first_order(classes: tuple[ModuleType, ModuleType, ModuleType], hu: np.ndar
 
 
 def _glcm(
-    classes: tuple[ModuleType, ModuleType, ModuleType], hu: np.ndarray, mask: np.ndarray, aggregation: Aggregation
+    classes: tuple[ModuleType, ModuleType, ModuleType],
+    hu: np.ndarray,
+    mask: np.ndarray,
+    aggregation: Aggregation,
+    names: Sequence[str] = glcm.NAMES,
 ) -> list[float]:
-    """Haralick's fourteen by pyradiomics, in the order and with the grey levels of ``glcm.NAMES``."""
+    """The named co-occurrence features by pyradiomics, with the grey levels of ``glcm``."""
     _, module, sitk = classes
     shifted = np.clip(hu, glcm.LOWEST_HU, glcm.HIGHEST_HU) - glcm.LOWEST_HU
     weighting = "no_weighting" if aggregation == "merged" else None
     settings = {"binWidth": glcm.BIN_WIDTH_HU, "distances": [1], "symmetricalGLCM": True, "weightingNorm": weighting}
-    found = _execute(module.RadiomicsGLCM, sitk, shifted, mask, tuple(GLCM_FEATURES.values()), **settings)
-    by_name = {ours: found[theirs] for ours, theirs in GLCM_FEATURES.items()}
+    theirs = tuple(GLCM_FEATURES[name] for name in names)
+    found = _execute(module.RadiomicsGLCM, sitk, shifted, mask, theirs, **settings)
     lowest = np.floor(shifted[mask].min() / glcm.BIN_WIDTH_HU)
-    by_name["glcm_sum_average"] = 2.0 * (found["JointAverage"] + lowest)
-    return [by_name[name] for name in glcm.NAMES]
+    found["JointAverage"] = 2.0 * (found["JointAverage"] + lowest)
+    return [found[name] for name in theirs]
 
 
 def _execute(

@@ -7,7 +7,7 @@ A number that cannot be had is None with the reason beside it, never 0.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from lungseg.tissue import LAA950_HU, LUNG_LEFT, LUNG_RIGHT, OUTSIDE, TISSUES, U
 
 OK = "ok"
 TRUNCATED = "truncated"
+LOWER_BOUND = "lower bound"
 REGIONS = ("whole", "left", "right")
 UNCLASSIFIED_NAME = "unclassified"
 LOW_PERCENTILE = 15.0
@@ -37,7 +38,7 @@ class QuantityRow:
     unit: str
     """ml, % or HU."""
     status: str
-    """`ok`, or why there is no number."""
+    """`ok`, `lower bound`, or why there is no number."""
 
 
 def quantify(
@@ -47,6 +48,7 @@ def quantify(
     *,
     voxel_ml: float,
     truncated: Collection[str] = (),
+    lower_bounds: bool = False,
 ) -> list[QuantityRow]:
     """Volume, share and density of each tissue in the whole, left and right lung.
 
@@ -62,6 +64,9 @@ def quantify(
         Volume of a voxel in mL.
     truncated : collection of region names
         Regions cut by the field of view (`left`, `right`, `whole`): blank, and so is the whole lung.
+    lower_bounds : bool
+        Volumes (mL) of such regions are given, with status `lower bound`; shares and densities stay blank, for the part
+        that was not scanned may differ.
 
     Returns
     -------
@@ -85,15 +90,24 @@ def quantify(
     rows: list[QuantityRow] = []
     for region in REGIONS:
         inside, reason = _region(region, lungs, is_lung)
-        if truncated and (region in truncated or region == "whole"):
+        cut = bool(truncated) and (region in truncated or region == "whole")
+        if cut and (not lower_bounds or reason):
             reason = TRUNCATED
         if reason:
             rows += [QuantityRow(region, metric, None, unit, reason) for metric, unit in _metrics()]
         else:
             hu = None if volume_hu is None else volume_hu[inside]
-            rows += _region_rows(region, labels[inside], hu, voxel_ml)
+            found = _region_rows(region, labels[inside], hu, voxel_ml)
+            rows += [_bounded(row) for row in found] if cut else found
     outside = int(np.count_nonzero((labels != OUTSIDE) & ~is_lung))
     return [*rows, QuantityRow("whole", "labelled_outside_lung_ml", outside * voxel_ml, "ml", OK)]
+
+
+def _bounded(row: QuantityRow) -> QuantityRow:
+    """A row of a region of which only a part was scanned."""
+    if row.unit == "ml":
+        return replace(row, status=LOWER_BOUND)
+    return replace(row, value=None, status=TRUNCATED)
 
 
 def quantification_csv(rows_by_case: Mapping[str, Sequence[QuantityRow]]) -> str:

@@ -1,42 +1,37 @@
 """DICOM: find the series of a folder, choose one per study, read it as a ``Volume``, and write digital phantoms.
 
-One clean series of parallel, evenly spaced slices in any orientation is read; anything else is refused with the
-reason. SimpleITK decodes all transfer syntaxes; geometry comes from the position tags alone, never from ITK's
-guess over a series (which averages the spacing over a missing slice).
+One clean series of parallel, evenly spaced slices in any orientation is read; missing slices, a gantry tilt and
+missing rescale tags are repaired if the user asks for it; anything else is refused with the reason. Geometry comes
+from the position tags alone, never from ITK's guess over a series (which averages the spacing over a missing slice).
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lungseg.config.preprocess import ReadOptions
 from lungseg.errors import InputError
+from lungseg.scan.dicom_choice import SeriesChoice, choose_series, kernel_sharpness
 from lungseg.scan.dicom_headers import Damaged, SliceHeader, read_header, walk_files
-from lungseg.scan.dicom_series import MAX_LISTED, POSITION_ROUNDING_MM, Series, build_series, series_geometry
+from lungseg.scan.dicom_neighbours import jump_hu, ordinary_jump, unlike_slices
+from lungseg.scan.dicom_pixels import SliceDecoder
+from lungseg.scan.dicom_repair import fill_gaps, respace, shear_slice
+from lungseg.scan.dicom_series import Series, SeriesFacts, build_series, conflict_words, series_geometry
+from lungseg.scan.dicom_slice import rescaled
+from lungseg.scan.dicom_stack import MAX_LISTED
 from lungseg.scan.dicom_write import write_dicom_series
-from lungseg.scan.hu import allocate, check_hu, clip_notes, to_hu
+from lungseg.scan.hu import HuTally, allocate, check_hu, clip_notes, clip_status, to_hu
 from lungseg.scan.orientation import to_canonical
 from lungseg.scan.volume import Volume
 
-__all__ = ["Series", "SeriesChoice", "SeriesScan", "choose_series", "find_series", "read_series", "write_dicom_series"]
-
-SHORT_SHARE = 0.5
-"""A series covering less than this share of the longest usable one is chosen last: a slab, not the chest."""
-
-UNKNOWN_SHARPNESS = 50.0
-GE_SHARPNESS = {"SOFT": 20.0, "STANDARD": 35.0, "STND": 35.0, "STD": 35.0, "CHEST": 40.0, "DETAIL": 55.0, "LUNG": 70.0,
-                "BONE": 75.0, "BONEPLUS": 80.0, "EDGE": 90.0}  # fmt: skip
-PHILIPS_SHARPNESS = {"A": 25.0, "B": 35.0, "C": 45.0, "D": 60.0, "E": 70.0, "L": 65.0, "YA": 65.0, "YB": 70.0,
-                     "YC": 75.0, "YD": 80.0}  # fmt: skip
-"""Order of the vendors' names from soft to sharp, on the scale of Siemens' numbers (B30f = 30): our choice."""
-TOSHIBA_SHARP_FROM = 30
-"""Toshiba FC01-FC29 are body and head kernels, FC30 and above bone and lung."""
+__all__ = ["Series", "SeriesChoice", "SeriesFacts", "SeriesScan", "choose_series", "find_series", "kernel_sharpness",
+           "read_series", "write_dicom_series"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,14 +44,6 @@ class SeriesScan:
     """Files that are no DICOM images: skipped."""
     damaged: tuple[Damaged, ...] = ()
     """DICOM files that cannot be read; the series beside them in the same folder are refused."""
-
-
-@dataclass(frozen=True)
-class SeriesChoice:
-    """The series to use for one study, and why not the others."""
-
-    chosen: Series
-    others: tuple[tuple[Series, str], ...]
 
 
 def find_series(path: Path) -> SeriesScan:
@@ -103,78 +90,6 @@ def find_series(path: Path) -> SeriesScan:
     return SeriesScan(build_series(slices, damaged), tuple(non_dicom), tuple(damaged))
 
 
-def choose_series(series: Sequence[Series], options: ReadOptions = ReadOptions()) -> SeriesChoice:
-    """The best series of one study, by a stated order.
-
-    Usable CT volumes only; those that cover at least half of the longest one first; then thinner slice spacing,
-    softer kernel, more slices, and at last the series UID, so that the answer does not depend on file order.
-
-    Parameters
-    ----------
-    series : sequence of Series
-        Of one patient and one study.
-    options : ReadOptions
-        What may be repaired: decides which series are usable.
-
-    Raises
-    ------
-    InputError
-        If there is no usable series (with the reason for each), or they are of several studies.
-
-    Source
-    ------
-    RELIABILITY row 3.
-    """
-    if len({(s.patient_id, s.study_uid) for s in series}) > 1:
-        raise InputError("series of several patients or studies were given; choose within one study at a time")
-    usable = [s for s in series if s.problem is None]
-    refused = sorted((s for s in series if s.problem is not None), key=lambda s: s.identity)
-    if not usable:
-        reasons = "; ".join(f"{s.label}: {s.problem}" for s in refused) or "there is none"
-        raise InputError(f"no series of this study can be read as a CT volume: {reasons}")
-    longest = max(s.coverage_mm for s in usable)
-
-    def rank(s: Series) -> tuple[Any, ...]:
-        short = s.coverage_mm < SHORT_SHARE * longest
-        return short, round(s.slice_spacing_mm, 2), kernel_sharpness(s.acquisition["kernel"]), -len(s.files), s.identity
-
-    ranked = sorted(usable, key=rank)
-    chosen = ranked[0]
-    others = [(s, _why_not(s, chosen, rank(s), rank(chosen))) for s in ranked[1:]]
-    return SeriesChoice(chosen, (*others, *((s, s.problem or "") for s in refused)))
-
-
-def kernel_sharpness(kernel: str | None) -> float:
-    """How sharp a reconstruction kernel is, about 10 (soft) to 90 (sharp); 50 for unknown or missing names.
-
-    Siemens by its number (B30f, I70f, Br40d), Toshiba/Canon FC by number, GE and Philips by name. Only the order
-    is used; across vendors it is rough.
-    """
-    name = (kernel or "").split("\\")[0].strip().upper()
-    toshiba = re.fullmatch(r"FC(\d+)", name)
-    if toshiba:
-        number = int(toshiba[1])
-        return 35.0 if number < TOSHIBA_SHARP_FROM else min(90.0, 65.0 + number / 10.0)
-    siemens = re.match(r"[A-Z]{1,2}(\d{2})(?!\d)", name)
-    if siemens:
-        return float(siemens[1])
-    name = name.rstrip("+")
-    return GE_SHARPNESS.get(name, PHILIPS_SHARPNESS.get(name, UNKNOWN_SHARPNESS))
-
-
-def _why_not(s: Series, chosen: Series, rank: tuple[Any, ...], best: tuple[Any, ...]) -> str:
-    """First criterion by which a usable series came after the chosen one."""
-    if rank[0] != best[0]:
-        return f"covers only {s.coverage_mm:.0f} mm against {chosen.coverage_mm:.0f} mm"
-    if rank[1] != best[1]:
-        return f"thicker slices ({rank[1]:g} mm apart against {best[1]:g} mm)"
-    if rank[2] != best[2]:
-        return f"sharper kernel ({s.acquisition['kernel']} against {chosen.acquisition['kernel']})"
-    if rank[3] != best[3]:
-        return f"fewer slices ({len(s.files)} against {len(chosen.files)})"
-    return "equal in spacing, kernel and slices; the first series UID was taken"
-
-
 def read_series(series: Series, options: ReadOptions = ReadOptions()) -> Volume:
     """The volume of one series, in the canonical orientation; slices are decoded one at a time.
 
@@ -190,75 +105,182 @@ def read_series(series: Series, options: ReadOptions = ReadOptions()) -> Volume:
     Volume
         int16 HU, the rescale of each slice applied; values below -1024 (padding) set to -1024. An oblique
         orientation keeps its rotation in ``direction``. ``stored_axes`` refer to (slice, row, column) with
-        slices ascending along row x column.
+        slices ascending along row x column. What was repaired is in ``notes`` and ``status``.
 
     Raises
     ------
     InputError
-        If the series has a ``problem``, lacks its rescale, holds different images at one position, a file
-        cannot be decoded, or the values are not HU.
+        If the series is refused under these options, holds different images at one position, a file cannot be
+        decoded, or the values are not HU.
     ResourceError
         If the machine could not hold the volume.
 
     Source
     ------
-    RELIABILITY rows 5-17, 31.
+    RELIABILITY rows 5-18, 31.
     """
-    name = series.label
-    if series.problem is not None or series.orientation is None:
-        raise InputError(f"{name}: {series.problem}")
-    if not (series.has_rescale or options.assume_hu):
-        raise InputError(
-            f"{name}: RescaleSlope or RescaleIntercept is missing, so the values cannot be turned into HU. "
-            "If the stored values are HU already, say so with --assume-hu"
-        )
-    distinct = series.distinct_positions_mm
-    array = allocate((len(distinct), *series.shape), np.int16, name=name)
-    k, low, high, dropped = -1, 0, 0, 0
-    for i, file in enumerate(series.files):
-        values = _decode(file, series.shape)
-        if k >= 0 and series.positions_mm[i] - distinct[k] < POSITION_ROUNDING_MM:
-            again = np.empty(series.shape, np.int16)
-            to_hu(values, again)
-            if not np.array_equal(again, array[k]):
-                numbers = f"acquisition numbers {series.acquisition_numbers[i - 1]} and {series.acquisition_numbers[i]}"
-                raise InputError(
-                    f"{name}: two different images at {distinct[k]:.2f} mm, {series.files[i - 1].name} and {file.name} "
-                    f"({numbers}): several scans in one series. Keep the files of one of them"
-                )
-            dropped += 1
-            continue
-        k += 1
-        below, above = to_hu(values, array[k])
-        low, high = low + below, high + above
-    notes = clip_notes(low, high, array.size)
-    if dropped:
-        notes += (f"{dropped} slices were stored twice with the same pixels: one of each was used",)
+    name, refusal = series.label, series.refusal(options)
+    if refusal is not None or series.spacing is None:
+        raise InputError(f"{name}: {refusal}")
+    spacing = series.spacing
+    notes, status = list(series.dropped), []
+    shear = _Shear.of(series) if series.tilt_degrees else None
+    geometry = series_geometry(series, shear.start_mm if shear else None)
+    shape = shear.shape if shear else series.shape
+    geometry = replace(geometry, shape=(geometry.shape[0], *shape))
+    array = allocate(geometry.shape, np.int16, name=name)
+    tally = HuTally()
+    notes += _fill(array, series, shear, tally)
     if not series.has_rescale:
-        notes += ("rescale tags are missing: the stored values were taken as HU, as asked",)
+        notes.append("rescale tags are missing: the stored values were taken as HU, as asked")
+        status.append("hu-assumed")
+    if shear:
+        notes.append(f"gantry tilt of {series.tilt_degrees:.1f} degrees: slices were sheared back, as asked")
+        status.append("tilt-corrected")
+    if spacing.missing:
+        fill_gaps(array, spacing.grid)
+        notes.append(f"{spacing.missing_words}: filled by interpolation, as asked")
+        status.append("gaps-filled")
+    elif not spacing.is_even:
+        array = respace(array, spacing.positions_mm)
+        notes.append(
+            f"uneven slice spacing, up to {100 * spacing.deviation:.1f} % off {spacing.step_mm:.3g} mm: slices were "
+            f"interpolated to an even spacing of {spacing.grid_step_mm:.4g} mm"
+        )
+        status.append("respaced")
+    clipped_notes, clipped_status = clip_status(tally)
     try:
-        notes += check_hu(array)
+        notes += (*clipped_notes, *check_hu(array, tally))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    volume = to_canonical(array, series_geometry(series))
-    return replace(volume, acquisition=dict(series.acquisition), notes=notes)
+    volume = to_canonical(array, geometry)
+    acquisition = dict(series.acquisition)
+    return replace(volume, acquisition=acquisition, notes=tuple(notes), status=(*status, *clipped_status))
 
 
-def _decode(file: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Pixels of one slice with its own rescale applied (SimpleITK returns HU), shape (rows, columns)."""
-    import SimpleITK as sitk
+@dataclass(frozen=True)
+class _Shear:
+    """How tilted slices lie on a rectangular grid that holds them all."""
 
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(file))
-    reader.LoadPrivateTagsOff()
-    try:
-        values: np.ndarray = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
+    start_mm: tuple[float, float]
+    """Of the grid, along the row and column direction."""
+    shape: tuple[int, int]
+    """Rows and columns of the grid."""
+    shifts: np.ndarray
+    """Rows and columns from the start of the grid to that of each slice; float array, shape (slices, 2)."""
+
+    @classmethod
+    def of(cls, series: Series) -> _Shear:
+        assert series.pixel_spacing_mm is not None
+        in_plane = series.in_plane_mm
+        start = in_plane.min(axis=0)
+        shifts = (in_plane - start)[:, ::-1] / np.asarray(series.pixel_spacing_mm)
+        rows, columns = (n + int(np.ceil(m)) for n, m in zip(series.shape, shifts.max(axis=0), strict=True))
+        return cls((float(start[0]), float(start[1])), (rows, columns), shifts)
+
+    def moved(self, hu: np.ndarray, i: int) -> np.ndarray:
+        """Slice ``i`` on the grid; int16 array of its shape."""
+        out = np.empty(self.shape, np.int16)
+        shear_slice(hu, self.shifts[i], out)
+        return out
+
+
+def _fill(array: np.ndarray, series: Series, shear: _Shear | None, tally: HuTally) -> list[str]:
+    """Decode all slices into their places on the complete grid; returns notes.
+
+    Raises
+    ------
+    InputError
+        If a slice cannot be decoded, two different images lie at one position, or a slice whose rescale is its own
+        does not fit its neighbours, while that of the others does.
+    """
+    assert series.spacing is not None
+    places = dict(zip(series.distinct, series.spacing.grid, strict=True))
+    hu = np.empty(series.shape, np.int16)
+    low, high, repeated = 0, 0, 0
+    previous = np.empty_like(hu)
+    with SliceDecoder() as decoder:
+        for i, (header, file) in enumerate(zip(series.slices, series.files, strict=True)):
+            values = rescaled(decoder.stored_values(replace(header, path=file)), header)
+            if i not in places:
+                to_hu(values, hu)
+                if not np.array_equal(hu, previous):
+                    raise InputError(f"{series.label}: {conflict_words(series, i)}")
+                repeated += 1
+                continue
+            below, above = to_hu(values, previous, tally)
+            low, high = low + below, high + above
+            array[places[i]] = previous if shear is None else shear.moved(previous, i)
+        _check_rescale(array, series, shear, places, decoder)
+    notes = list(clip_notes(low, high, len(places) * hu.size))
+    notes += _check_pixels(array, series, places)
+    if repeated:
+        notes.append(f"{repeated} slices were stored twice with the same pixels: one of each was used")
+    return notes
+
+
+def _check_pixels(array: np.ndarray, series: Series, places: dict[int, int]) -> list[str]:
+    """Refuse slices whose pixels are damaged; notes on slices that only look odd."""
+    order = list(places)
+    damaged, odd = unlike_slices(array, list(places.values()))
+    if damaged:
         raise InputError(
-            f"{file}: truncated, damaged, or compressed in a way that cannot be decoded; copy the file again, or "
-            "decompress the series (`gdcmconv --raw IN OUT`)"
-        ) from error
-    if values.size != shape[0] * shape[1]:
-        raise InputError(f"{file}: holds {values.shape} pixels where its header declared {shape}; it has changed")
-    return values.reshape(shape)
+            f"{series.label}: the image in {_names(series, [order[k] for k in damaged])} is unlike the slices next to "
+            "it, and its values are no anatomy: damaged pixels. Copy or export the file again"
+        )
+    where = [f"{series.positions_mm[order[k]]:.2f}" for k in odd]
+    more = f" and {len(odd) - MAX_LISTED} more" if len(odd) > MAX_LISTED else ""
+    return [
+        f"slices unlike both of their neighbours, at {', '.join(where[:MAX_LISTED])}{more} mm: look at them"
+    ] * bool(odd)
+
+
+def _check_rescale(
+    array: np.ndarray, series: Series, shear: _Shear | None, places: dict[int, int], decoder: SliceDecoder
+) -> None:
+    """Refuse a slice that does not fit its neighbours with its own rescale, and does with that of most slices."""
+
+    def encoding(i: int) -> tuple[float | None, float | None, bool]:
+        s = series.slices[i]
+        return s.slope, s.intercept, s.layout.signed
+
+    counts = Counter(encoding(i) for i in places)
+    (usual, count), *others = counts.most_common()
+    if not others or count <= len(places) / 2:
+        return
+    stack = [array[k] for k in places.values()]
+    jumps = [jump_hu(below, above) for below, above in pairwise(stack)]
+    limit = ordinary_jump(jumps)
+    for n, i in enumerate(places):
+        own = min((jump for jump in jumps[max(n - 1, 0) : n + 1] if not np.isnan(jump)), default=np.inf)
+        if encoding(i) == usual or own <= limit:
+            continue
+        header = replace(series.slices[i], path=series.files[i], slope=usual[0], intercept=usual[1])
+        header = replace(header, layout=replace(header.layout, signed=usual[2]))
+        hu = np.empty(series.shape, np.int16)
+        try:
+            to_hu(rescaled(decoder.stored_values(header), header), hu)
+        except InputError:
+            continue  # its bits cannot be read like those of the others: then it is right to differ
+        if shear is not None:
+            hu = shear.moved(hu, i)
+        around = [jump_hu(hu, stack[m]) for m in (n - 1, n + 1) if 0 <= m < len(stack)]
+        if min(around) <= limit < own - min(around):
+            slope, intercept, signed = encoding(i)
+            kinds = ("unsigned", "signed")
+            raise InputError(
+                f"{series.label}: {_names(series, [i])} has RescaleSlope {slope}, RescaleIntercept {intercept} and "
+                f"{kinds[signed]} pixels, most slices {usual[0]}, {usual[1]} and {kinds[usual[2]]}; only with those "
+                "does it fit its neighbours: a damaged header. Copy or export the file again"
+            )
+
+
+def _names(series: Series, indices: Sequence[int]) -> str:
+    """Names of files for a message, with the frames of multi-frame ones."""
+    names = [
+        f"frame {series.slices[i].frame + 1} of {series.files[i].name}"
+        if series.slices[i].layout.frames > 1
+        else series.files[i].name
+        for i in indices
+    ]
+    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")

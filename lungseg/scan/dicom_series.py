@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,118 +10,290 @@ from typing import Any
 
 import numpy as np
 
-from lungseg.scan.dicom_headers import ENHANCED_CT, SECONDARY_CAPTURE, Cosines, Damaged, SliceHeader
+from lungseg.config.preprocess import ReadOptions
+from lungseg.scan.dicom_checks import file_names, image_defects, missing_tags
+from lungseg.scan.dicom_headers import ENHANCED_CT, Damaged, SliceHeader
+from lungseg.scan.dicom_layout import syntax_name
+from lungseg.scan.dicom_members import dropped_images, group_slices, lost_slices, series_of, single_frames, stray_slices
+from lungseg.scan.dicom_stack import (
+    MAX_LISTED,
+    SAME_POSITION_MM,
+    Defect,
+    Spacing,
+    exchanged,
+    measure_spacing,
+    rounding_mm,
+    sideways_defects,
+    spacing_defects,
+    tilt_degrees,
+)
+from lungseg.scan.dicom_values import Cosines
 from lungseg.scan.orientation import LPS_TO_SPL, ORTHONORMAL_TOLERANCE, orthonormal_direction
-from lungseg.scan.volume import Geometry, Triple
+from lungseg.scan.volume import MIN_SLICES, Geometry, Triple, extent_problem
 
-MIN_SLICES = 6
-MIN_COVERAGE_MM = 20.0
-"""Fewer slices or less coverage are no chest scan. RELIABILITY row 21."""
-SPACING_TOLERANCE = 0.01
-"""Largest deviation of a gap from the median gap. highdicom, RELIABILITY row 7."""
-POSITION_ROUNDING_MM = 0.01
-"""Positions are often rounded to two decimals; closer ones count as the same slice."""
-MISSING_TOLERANCE = 0.05
-"""A gap this near (in slices) to a whole number of slices means missing slices rather than uneven spacing."""
-TILT_TOLERANCE = 1e-3
-"""Tangent of the largest accepted angle between slice normal and stacking direction (highdicom, perpendicular)."""
-ROUNDING_PIXELS = 0.1
-"""A sideways drift over the whole stack below this is rounding, whatever its angle."""
-SHIFT_PIXELS = 0.25
-"""Largest accepted sideways shift of a single slice against the others."""
-ALIKE = 1e-3
-"""Direction cosines and pixel spacings (mm) this close belong together."""
-MAX_LISTED = 5
-"""Positions or files listed in a message before it says how many more there are."""
+KEY_DIGITS = 10
+AXIS_COSINE = 0.9
+"""A normal this near to an axis of the body (26 degrees: no gantry tilts more than 30) is called after it."""
+
+
+@dataclass(frozen=True)
+class SeriesFacts:
+    """What a listing says of a series; plain values without patient data, names or paths."""
+
+    key: str
+    modality: str
+    kernel: str | None
+    manufacturer: str | None
+    slices: int
+    """At distinct positions."""
+    rows: int
+    columns: int
+    spacing_mm: tuple[float, float, float] | None
+    """Between slices, rows, columns; None if the position tags are missing."""
+    coverage_mm: float
+    orientation: str
+    """axial, coronal, sagittal, oblique or unknown."""
+    missing_slices: int
+    tilt_degrees: float
+    syntax: str
+    """UID and name of the transfer syntaxes."""
+    multi_frame: bool
+    repairs: tuple[str, ...]
+    """Options that would make it readable, one for each repairable defect."""
 
 
 @dataclass(frozen=True)
 class Series:
     """Slices that belong to one volume by patient, study, series, orientation and in-plane grid."""
 
-    patient_id: str
-    """As stored: only for grouping, never to be written anywhere."""
-    study_uid: str
-    series_uid: str
-    acquisition: dict[str, Any]
-    """Allow-listed covariates: kernel, kvp, slice_thickness_mm, manufacturer, modality (None where absent) and
-    spacing_mm (between slices, rows, columns; None if the position tags are missing)."""
+    slices: tuple[SliceHeader, ...]
+    """At least one, ordered by position along the slice normal (row x column)."""
     files: tuple[Path, ...]
-    """Ordered by position along the slice normal (row x column)."""
+    """Where each slice lies: the same file several times for frames of one."""
     positions_mm: tuple[float, ...]
-    """Of each file, along the slice normal; empty if the position tags are missing."""
-    origins: tuple[Triple, ...]
-    """ImagePositionPatient (L, P, S) of each file; empty if missing."""
-    orientation: Cosines | None
-    """Direction of a row, then of a column, in (L, P, S)."""
-    pixel_spacing_mm: tuple[float, float] | None
-    """Between rows, between columns."""
-    shape: tuple[int, int]
-    """Rows, columns."""
-    acquisition_numbers: tuple[str, ...]
-    has_rescale: bool
-    """Whether every slice has RescaleSlope and RescaleIntercept."""
-    problem: str | None = None
-    """Why this cannot be read as a volume, and what to do; None if it can."""
+    """Of each slice, along the slice normal; empty if the position tags are missing."""
+    defects: tuple[Defect, ...] = ()
+    """What keeps it from being read as it stands."""
+    dropped: tuple[str, ...] = ()
+    """Images of the same series UID that were left out, in words."""
+
+    @property
+    def patient_id(self) -> str:
+        """As stored: only for grouping, never to be written anywhere."""
+        return self.slices[0].patient_id
+
+    @property
+    def study_uid(self) -> str:
+        """StudyInstanceUID."""
+        return self.slices[0].study_uid
+
+    @property
+    def series_uid(self) -> str:
+        """SeriesInstanceUID."""
+        return self.slices[0].series_uid
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, columns."""
+        return self.slices[0].shape
+
+    @property
+    def orientation(self) -> Cosines | None:
+        """Direction of a row, then of a column, in (L, P, S); None if the position tags are missing."""
+        return self.slices[0].orientation if self.positions_mm else None
+
+    @property
+    def pixel_spacing_mm(self) -> tuple[float, float] | None:
+        """Between rows, between columns; None if the position tags are missing."""
+        return self.slices[0].pixel_spacing_mm if self.positions_mm else None
+
+    @property
+    def origins(self) -> tuple[Triple, ...]:
+        """ImagePositionPatient (L, P, S) of each slice; empty if missing."""
+        return tuple(s.position for s in self.slices if s.position is not None) if self.positions_mm else ()
+
+    @property
+    def acquisition_numbers(self) -> tuple[str, ...]:
+        """Of each slice, 'none' where absent."""
+        return tuple(s.acquisition_number or "none" for s in self.slices)
+
+    @property
+    def has_rescale(self) -> bool:
+        """Whether every slice has RescaleSlope and RescaleIntercept."""
+        return all(s.has_rescale for s in self.slices)
+
+    @property
+    def acquisition(self) -> dict[str, Any]:
+        """Allow-listed covariates: kernel, kvp, slice_thickness_mm, manufacturer, modality (None where absent) and
+        spacing_mm (between slices, rows, columns; None if the position tags are missing)."""
+        return self.slices[0].acquisition | {"spacing_mm": None if self._grid is None else list(self._grid)}
+
+    @property
+    def _grid(self) -> tuple[float, float, float] | None:
+        """Spacing of the complete grid between slices, rows, columns."""
+        spacing, pixel = self.spacing, self.pixel_spacing_mm
+        return (spacing.grid_step_mm, *pixel) if spacing and pixel else None
+
+    def refusal(self, options: ReadOptions = ReadOptions()) -> str | None:
+        """Why this cannot be read as a volume under these options, and what to do; None if it can."""
+        return "; ".join(defect.text for defect in self.defects if not defect.repaired(options)) or None
+
+    @property
+    def problem(self) -> str | None:
+        """Why this cannot be read as a volume without any repair, and what to do; None if it can."""
+        return self.refusal()
+
+    @property
+    def distinct(self) -> tuple[int, ...]:
+        """Indices of the first slice at each position."""
+        kept: list[int] = []
+        for i, position in enumerate(self.positions_mm):
+            if not kept or position - self.positions_mm[kept[-1]] >= SAME_POSITION_MM:
+                kept.append(i)
+        return tuple(kept)
 
     @property
     def distinct_positions_mm(self) -> tuple[float, ...]:
         """Positions along the normal, repeated ones once."""
-        kept: list[float] = []
-        for position in self.positions_mm:
-            if not kept or position - kept[-1] >= POSITION_ROUNDING_MM:
-                kept.append(position)
-        return tuple(kept)
+        return tuple(self.positions_mm[i] for i in self.distinct)
+
+    @property
+    def spacing(self) -> Spacing | None:
+        """How the slices are spaced; None with less than two positions."""
+        positions = self.distinct_positions_mm
+        return measure_spacing(positions, self.rounding_mm[2]) if len(positions) > 1 else None
+
+    @property
+    def rounding_mm(self) -> tuple[float, float, float]:
+        """How far rounding of the position tags can move slices against each other along row, column and normal."""
+        assert self.orientation is not None
+        row, column = np.asarray(self.orientation[:3]), np.asarray(self.orientation[3:])
+        directions = np.stack([row, column, np.cross(row, column)])
+        return tuple(float(v) for v in rounding_mm(np.asarray(self.origins), directions))  # type: ignore[return-value]
 
     @property
     def slice_spacing_mm(self) -> float:
-        """Median distance of neighbouring slices; 0 if there is only one."""
-        gaps = np.diff(self.distinct_positions_mm)
-        return float(np.median(gaps)) if len(gaps) else 0.0
+        """Distance of neighbouring slices; 0 if there is only one."""
+        return self.spacing.step_mm if self.spacing else 0.0
 
     @property
     def coverage_mm(self) -> float:
-        """Edge-to-edge extent along the slice normal."""
-        return len(self.distinct_positions_mm) * self.slice_spacing_mm
+        """Edge-to-edge extent along the slice normal, gaps included; 0 if there is only one position."""
+        return self.positions_mm[-1] - self.positions_mm[0] + self.slice_spacing_mm if self.spacing else 0.0
+
+    @property
+    def in_plane_mm(self) -> np.ndarray:
+        """Origin of each slice along its row and column direction; float array, shape (slices, 2)."""
+        assert self.orientation is not None
+        return np.asarray(self.origins) @ np.asarray(self.orientation).reshape(2, 3).T
+
+    @property
+    def tilt_degrees(self) -> float:
+        """Gantry tilt; 0 if there is none or the position tags are missing."""
+        if self.spacing is None or self.pixel_spacing_mm is None:
+            return 0.0
+        pixel, rounding = min(self.pixel_spacing_mm), max(self.rounding_mm[:2])
+        return tilt_degrees(np.asarray(self.positions_mm), self.in_plane_mm, pixel, rounding)
+
+    @property
+    def kind(self) -> str:
+        """Modality and SOP class."""
+        return f"{self.slices[0].modality} {self.slices[0].sop_class}".strip()
+
+    @property
+    def key(self) -> str:
+        """Ten hex digits that name this series in listings and options: from its series UID and geometry.
+
+        The same for any order and names of the files; no patient data goes in.
+        """
+        spacing = [f"{s:.4f}" for s in (*(self.pixel_spacing_mm or ()), self.slice_spacing_mm)]
+        positions = [f"{p + 0.0:.2f}" for p in self.positions_mm] or [str(len(self.slices))]
+        cosines = [f"{round(c, 4) + 0.0:.4f}" for c in self.orientation or ()]
+        parts = (self.series_uid, self.kind, cosines, self.shape, spacing, positions)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:KEY_DIGITS]
 
     @property
     def label(self) -> str:
-        """How messages name this series."""
-        return f"series {self.series_uid or 'without UID'} ({len(self.files)} files)"
+        """How messages name this series: no patient data."""
+        return f"series {self.key} ({len(self.slices)} slices)"
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Sort key that does not depend on where the files lie."""
         return self.patient_id, self.study_uid, self.series_uid, self.orientation or (), self.shape, self.origins
 
+    def facts(self) -> SeriesFacts:
+        """What a listing says of this series."""
+        first = self.slices[0]
+        return SeriesFacts(
+            key=self.key,
+            modality=first.acquisition["modality"] or "",
+            kernel=first.acquisition["kernel"],
+            manufacturer=first.acquisition["manufacturer"],
+            slices=len(self.distinct) or len(self.slices),
+            rows=self.shape[0],
+            columns=self.shape[1],
+            spacing_mm=self._grid,
+            coverage_mm=self.coverage_mm,
+            orientation=_orientation_word(self.orientation),
+            missing_slices=self.spacing.missing if self.spacing else 0,
+            tilt_degrees=self.tilt_degrees,
+            syntax=", ".join(sorted({syntax_name(s.layout.syntax) for s in self.slices})),
+            multi_frame=first.sop_class in ENHANCED_CT,
+            repairs=tuple(defect.option for defect in self.defects if defect.repair),
+        )
+
+
+def _orientation_word(orientation: Cosines | None) -> str:
+    """Plane of slices by their normal."""
+    if orientation is None:
+        return "unknown"
+    normal = np.abs(np.cross(orientation[:3], orientation[3:]))
+    return ("sagittal", "coronal", "axial")[int(normal.argmax())] if normal.max() > AXIS_COSINE else "oblique"
+
 
 def build_series(slices: Sequence[SliceHeader], damaged: Sequence[Damaged]) -> tuple[Series, ...]:
-    """Slices sorted into series, each with its problem if it has one; the order of ``slices`` does not matter.
+    """Slices sorted into series, each with its defects; the order of ``slices`` does not matter.
 
     Parameters
     ----------
     slices : sequence of SliceHeader
-        Of any number of patients and series.
+        Of any number of patients and series; multi-frame files are taken apart here.
     damaged : sequence of Damaged
         Unreadable files; every series with a file in the same folder is refused because of them.
     """
-    groups = _group(slices)
-    stray = _stray_slices(groups)
+    groups = group_slices([frame for s in slices for frame in single_frames(s)])
     folders: dict[Path, list[Damaged]] = {}
     for bad in damaged:
         folders.setdefault(bad.path.parent, []).append(bad)
+    few: dict[Path, list[SliceHeader]] = {}
+    for s in (s for group in groups if len(group) < MIN_SLICES for s in group):
+        few.setdefault(s.path.parent, []).append(s)
+    by_uid: dict[tuple[str, ...], list[list[SliceHeader]]] = {}
+    for group in groups:
+        by_uid.setdefault(series_of(group[0]), []).append(group)
     series = []
-    for group, extra in zip(groups, stray, strict=True):
-        beside = [bad for folder in sorted({s.path.parent for s in group}) for bad in folders.get(folder, [])]
-        broken = [f"{bad.path.name} in the same folder is {bad.reason}" for bad in beside[:MAX_LISTED]]
-        series.append(_make_series(group, [*broken, *extra]))
+    for related in by_uid.values():
+        for group in related:
+            around = sorted({s.path.parent for s in group})
+            beside = [bad for folder in around for bad in folders.get(folder, [])]
+            broken = [f"{bad.path.name} in the same folder is {bad.reason}" for bad in beside[:MAX_LISTED]]
+            made = _make_series(group, [*broken, *stray_slices(group, related)])
+            lost = _lost_slices(made, [s for folder in around for s in few.get(folder, [])])
+            made = replace(made, defects=(*(Defect(text) for text in lost), *made.defects))
+            series.append(replace(made, dropped=dropped_images(group, related)))
     return tuple(sorted(series, key=lambda s: s.identity))
 
 
-def series_geometry(series: Series) -> Geometry:
-    """Grid in the file's own order (slice, row, column), slices ascending along row x column.
+def series_geometry(series: Series, in_plane_mm: tuple[float, float] | None = None) -> Geometry:
+    """Complete, even grid in the file's own order (slice, row, column), slices ascending along row x column.
 
-    The slice spacing is the mean over the stack; the position of the first slice is the origin.
+    Parameters
+    ----------
+    series : Series
+        With geometry and at least two slices; missing ones count as if they were there.
+    in_plane_mm : (float, float), optional
+        Where the first pixel lies along the row and column direction, if not where the first slice has it.
 
     Raises
     ------
@@ -129,190 +302,118 @@ def series_geometry(series: Series) -> Geometry:
     """
     assert series.orientation is not None
     assert series.pixel_spacing_mm is not None
+    assert series.spacing is not None
     row, column = np.asarray(series.orientation[:3]), np.asarray(series.orientation[3:])
-    positions = series.distinct_positions_mm
-    spacing = (positions[-1] - positions[0]) / (len(positions) - 1)
     normal = np.cross(row, column)
     matrix = LPS_TO_SPL @ np.stack([normal / np.linalg.norm(normal), column, row], axis=1)
     direction = orthonormal_direction(matrix, name=series.label)
-    origin = LPS_TO_SPL @ np.asarray(series.origins[0])
+    origin = np.asarray(series.origins[0])
+    if in_plane_mm is not None:
+        moved = np.asarray(in_plane_mm) - series.in_plane_mm[0]
+        origin = origin + moved[0] * row + moved[1] * column
     return Geometry(
-        (len(positions), *series.shape),
-        (float(spacing), *series.pixel_spacing_mm),
-        tuple(float(v) for v in origin),  # type: ignore[arg-type]
+        (sum(series.spacing.steps) + 1, *series.shape),
+        (series.spacing.grid_step_mm, *series.pixel_spacing_mm),
+        tuple(float(v) for v in LPS_TO_SPL @ origin),  # type: ignore[arg-type]
         direction,
     )
 
 
-def _alike(a: tuple[float, ...] | None, b: tuple[float, ...] | None) -> bool:
-    """Whether two optional tuples agree within the tolerance."""
-    if a is None or b is None:
-        return a is b
-    return max(abs(x - y) for x, y in zip(a, b, strict=True)) <= ALIKE
+def _lost_slices(series: Series, few: Sequence[SliceHeader]) -> list[str]:
+    """Problems of a series because of single images next to it, or in its gaps."""
+    if len(series.slices) < MIN_SLICES or series.spacing is None:
+        return []
+    first, last = np.asarray(series.origins[0]), np.asarray(series.origins[-1])
+    count = sum(series.spacing.steps)
+    places = [-1, *sorted(set(range(count + 1)) - set(series.spacing.grid)), count + 1]
+    expected = first + np.asarray(places)[:, None] * ((last - first) / count)
+    return lost_slices(series.slices, expected, series.slice_spacing_mm, few)
 
 
-def _group(slices: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
-    """Slices by patient, study, series, kind, orientation and in-plane grid; each group in order of position."""
-
-    def order(s: SliceHeader) -> tuple[Any, ...]:
-        kind = (s.patient_id, s.study_uid, s.series_uid, s.modality, s.sop_class, s.shape, s.frames)
-        return *kind, s.orientation or (), s.pixel_spacing_mm or (), s.position or (), str(s.path)
-
-    groups: list[list[SliceHeader]] = []
-    for s in sorted(slices, key=order):
-        for group in reversed(groups):
-            first = group[0]
-            if order(first)[:7] != order(s)[:7]:
-                groups.append([s])  # sorted: no earlier group can match
-                break
-            if _alike(first.orientation, s.orientation) and _alike(first.pixel_spacing_mm, s.pixel_spacing_mm):
-                group.append(s)
-                break
-        else:
-            groups.append([s])
-    return groups
+def conflict_words(series: Series, i: int) -> str:
+    """Words for an image, slice ``i``, that is not the one before it, although they lie at one position."""
+    numbers = ", ".join(sorted(set(series.acquisition_numbers), key=lambda n: (len(n), n)))
+    first, second = series.slices[i - 1], series.slices[i]
+    names = f"{series.files[i - 1].name} and {series.files[i].name}"
+    if series.files[i - 1] == series.files[i]:
+        names = f"frames {first.frame + 1} and {second.frame + 1} of {series.files[i].name}"
+    pair = f"acquisition numbers {series.acquisition_numbers[i - 1]} and {series.acquisition_numbers[i]}"
+    return (
+        f"two different images at {series.positions_mm[i]:.2f} mm, {names} ({pair}; the series has {numbers}): several "
+        "scans in one series. Keep the files of one of them"
+    )
 
 
-def _stray_slices(groups: Sequence[Sequence[SliceHeader]]) -> list[list[str]]:
-    """Problems of series in which a few slices of the same orientation have another in-plane grid.
-
-    Dropping such slices silently would shorten the volume, so the whole series is refused.
-    """
-    problems: list[list[str]] = [[] for _ in groups]
-    for i, few in enumerate(groups):
-        for j, many in enumerate(groups):
-            same = few[0].series_uid == many[0].series_uid and few[0].patient_id == many[0].patient_id
-            same &= few[0].study_uid == many[0].study_uid and few[0].orientation is not None
-            if i == j or not same or not _alike(few[0].orientation, many[0].orientation):
-                continue
-            if len(few) < MIN_SLICES <= len(many):
-                text = (
-                    f"{len(few)} of {len(few) + len(many)} slices differ in matrix or pixel spacing from the others "
-                    f"({_names(few)}): remove or repair them"
-                )
-                problems[i].append(text)
-                problems[j].append(text)
-    return problems
+def _time_defects(series: Series) -> list[Defect]:
+    """Images of one position that say themselves that they are of different acquisitions or phases."""
+    kept = set(series.distinct)
+    moments = [(s.acquisition_number, *s.phase) for s in series.slices]
+    again = [i for i in range(len(moments)) if i not in kept and moments[i] != moments[i - 1]]
+    return [Defect(conflict_words(series, again[0]))] if again else []
 
 
-def _names(slices: Sequence[SliceHeader]) -> str:
-    """File names for a message, the first few."""
-    more = f" and {len(slices) - MAX_LISTED} more" if len(slices) > MAX_LISTED else ""
-    return ", ".join(s.path.name for s in slices[:MAX_LISTED]) + more
+def _location_defects(series: Series) -> list[Defect]:
+    """Slices whose positions are exchanged, if SliceLocation tells."""
+    locations = [s.slice_location for s in series.slices]
+    known = [v for v in locations if v is not None]
+    if len(known) < len(locations) or series.spacing is None:
+        return []
+    odd = exchanged(np.asarray(series.positions_mm), np.asarray(known), series.slice_spacing_mm)
+    if not odd:
+        return []
+    names = file_names([series.slices[i] for i in odd])
+    return [
+        Defect(
+            f"{names} have each other's ImagePositionPatient or SliceLocation, in all other slices the two agree: "
+            "damaged headers, it is not known which comes first. Export the series again"
+        )
+    ]
 
 
 def _make_series(group: Sequence[SliceHeader], problems: list[str]) -> Series:
-    """One series of slices that belong together; ``problems`` come first in its text."""
-    first = group[0]
-    known = first.orientation is not None and first.pixel_spacing_mm is not None
-    known = known and all(s.position is not None for s in group)
-    positions: np.ndarray = np.zeros(0)
-    if known:
-        cosines = np.asarray(first.orientation)
-        positions = np.asarray([s.position for s in group]) @ np.cross(cosines[:3], cosines[3:])
-        order = sorted(range(len(group)), key=lambda i: (positions[i], str(group[i].path)))
-        group, positions = [group[i] for i in order], positions[order]
-    series = Series(
-        patient_id=first.patient_id,
-        study_uid=first.study_uid,
-        series_uid=first.series_uid,
-        acquisition={},
-        files=tuple(s.path for s in group),
-        positions_mm=tuple(positions.tolist()),
-        origins=tuple(s.position for s in group if s.position is not None) if known else (),
-        orientation=first.orientation if known else None,
-        pixel_spacing_mm=first.pixel_spacing_mm if known else None,
-        shape=first.shape,
-        acquisition_numbers=tuple(s.acquisition_number or "none" for s in group),
-        has_rescale=all(s.has_rescale for s in group),
-    )
-    own = _image_problems(first)
-    if not own and not known:
-        own = ["ImagePositionPatient, ImageOrientationPatient or PixelSpacing is missing: export it again"]
+    """One series of slices that belong together; ``problems`` come first in its defects."""
+    missing = missing_tags(group)
+    positions: tuple[float, ...] = ()
+    if not missing:
+        cosines = np.asarray(group[0].orientation)
+        along = np.asarray([s.position for s in group]) @ np.cross(cosines[:3], cosines[3:])
+        order = sorted(range(len(group)), key=lambda i: (along[i], str(group[i].path), group[i].frame))
+        group, positions = [group[i] for i in order], tuple(float(along[i]) for i in order)
+    series = Series(tuple(group), tuple(s.path for s in group), positions)
+    own = image_defects(group)
+    if not own and missing:
+        own = [Defect(f"{missing} is missing or damaged: export the series again")]
     elif not own:
-        own = _stack_problems(series, first)
-    distinct = series.distinct_positions_mm
-    step = (distinct[-1] - distinct[0]) / (len(distinct) - 1) if len(distinct) > 1 else None
-    spacing = [step, *(first.pixel_spacing_mm or ())] if known else None
-    changes: dict[str, Any] = {
-        "acquisition": group[0].acquisition | {"spacing_mm": spacing},
-        "problem": "; ".join([*problems, *own]) or None,
-    }
-    return replace(series, **changes)
+        own = _stack_defects(series)
+    return replace(series, defects=(*(Defect(text) for text in problems), *own))
 
 
-def _image_problems(first: SliceHeader) -> list[str]:
-    """Why these images are no CT slices, from the tags of one of them."""
-    if first.sop_class.startswith(SECONDARY_CAPTURE):
-        return ["a secondary capture (screen picture), not a scan: leave it out"]
-    if first.frames > 1 or first.sop_class in ENHANCED_CT:
-        return ["multi-frame DICOM is not supported: convert it with dcm2niix, or export single-frame CT"]
-    if first.modality != "CT":
-        return [f"modality is {first.modality or 'not stated'}, not CT: leave it out"]
-    if first.components != 1:
-        return ["a colour image, not a scan: leave it out"]
-    return []
-
-
-def _stack_problems(series: Series, first: SliceHeader) -> list[str]:
+def _stack_defects(series: Series) -> list[Defect]:
     """Why slices of one orientation do not form a regular volume."""
-    cosines = np.asarray(series.orientation)
-    if abs(float(cosines[:3] @ cosines[3:])) > ORTHONORMAL_TOLERANCE:
-        return ["row and column direction are not at right angles: a damaged header"]
-    positions = np.asarray(series.distinct_positions_mm)
-    axial = abs(np.cross(cosines[:3], cosines[3:])[2]) > np.sqrt(0.5)
-    if "LOCALIZER" in first.image_type.upper() or (len(positions) < 3 and not axial):
-        return ["a localizer (scout) or a single reformatted image, not a scan: leave it out"]
-    problems = []
-    if len(positions) < MIN_SLICES or series.coverage_mm < MIN_COVERAGE_MM:
-        problems.append(
-            f"only {len(positions)} slices covering {series.coverage_mm:.1f} mm; at least {MIN_SLICES} slices and "
-            f"{MIN_COVERAGE_MM:g} mm are needed"
-        )
-    if len(positions) > 1:
-        problems += [text for text in (_sideways(series), _uneven(positions)) if text]
-    return problems
-
-
-def _sideways(series: Series) -> str | None:
-    """Gantry tilt or slices shifted in their plane, if there are any."""
     assert series.orientation is not None
     assert series.pixel_spacing_mm is not None
     cosines = np.asarray(series.orientation)
-    pixel = min(series.pixel_spacing_mm)
-    positions = np.asarray(series.positions_mm)
-    in_plane = np.asarray(series.origins) @ cosines.reshape(2, 3).T  # (slices, 2) along row and column direction
-    in_plane = in_plane - in_plane[0]
-    along = positions - positions[0]
-    drift = in_plane[-1] / along[-1]
-    if np.abs(in_plane - along[:, None] * drift).max() > SHIFT_PIXELS * pixel:
-        return "slices are shifted sideways against each other: several scans or a moved table; export it again"
-    tangent = float(np.linalg.norm(drift))
-    if tangent > TILT_TOLERANCE and tangent * along[-1] > ROUNDING_PIXELS * pixel:
-        return (
-            f"gantry tilt of {np.degrees(np.arctan(tangent)):.1f} degrees (the slices are not stacked along their "
-            "normal): correct it first, for instance with dcm2niix (file *_Tilt*)"
+    if abs(float(cosines[:3] @ cosines[3:])) > ORTHONORMAL_TOLERANCE:
+        return [Defect("row and column direction are not at right angles: a damaged header")]
+    count = len(series.distinct)
+    axial = abs(np.cross(cosines[:3], cosines[3:])[2]) > np.sqrt(0.5)
+    if all("LOCALIZER" in s.image_type.upper() for s in series.slices) or (count < 3 and not axial):
+        return [Defect("a localizer (scout) or a single reformatted image, not a scan: leave it out")]
+    problem = extent_problem(count, series.coverage_mm)
+    defects = [Defect(problem)] if problem else []
+    if series.spacing is not None:
+        pixel = min(series.pixel_spacing_mm)
+        rounding = max(series.rounding_mm[:2])
+        defects += sideways_defects(np.asarray(series.positions_mm), series.in_plane_mm, pixel, rounding)
+        defects += spacing_defects(series.spacing)
+        defects += _time_defects(series)
+        defects += _location_defects(series)
+    if not series.has_rescale:
+        defects.append(
+            Defect(
+                "RescaleSlope or RescaleIntercept is missing, so the values cannot be turned into HU. If the stored "
+                "values are HU already, say so with --assume-hu",
+                "assume_hu",
+            )
         )
-    return None
-
-
-def _uneven(positions: np.ndarray) -> str | None:
-    """Missing slices or uneven spacing, if there are any; positions are distinct and ascending."""
-    gaps = np.diff(positions)
-    step = float(np.median(gaps))
-    odd = np.flatnonzero(np.abs(gaps - step) > max(SPACING_TOLERANCE * step, POSITION_ROUNDING_MM))
-    if not len(odd):
-        return None
-    more = f" and {len(odd) - MAX_LISTED} more" if len(odd) > MAX_LISTED else ""
-    ratio = gaps[odd] / step
-    if (np.abs(ratio - np.rint(ratio)) < MISSING_TOLERANCE).all() and (np.rint(ratio) >= 2).all():
-        where = ", ".join(
-            f"{round(r) - 1} between {positions[i]:.2f} and {positions[i + 1]:.2f} mm"
-            for i, r in list(zip(odd, ratio, strict=True))[:MAX_LISTED]
-        )
-        return f"missing slices: {where}{more} (spacing {step:.3g} mm). Copy the complete series"
-    where = ", ".join(f"{gaps[i]:.3g} mm at {positions[i]:.2f} mm" for i in odd[:MAX_LISTED])
-    return (
-        f"uneven slice spacing: mostly {step:.3g} mm, but {where}{more}. Choose an evenly reconstructed series, or "
-        "resample it first (dcm2niix)"
-    )
+    return defects

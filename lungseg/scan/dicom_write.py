@@ -27,6 +27,7 @@ def write_dicom_series(
     study_seed: str | None = None,
     kernel: str = "B40f",
     kvp: float = 120.0,
+    slice_thickness_mm: float | None = None,
     compress: bool = True,
 ) -> list[Path]:
     """Write a volume as a DICOM CT series, one file per slice: for digital phantoms, never for patients.
@@ -44,6 +45,8 @@ def write_dicom_series(
         seed) form one study in one frame of reference.
     kernel, kvp : str, float
         ConvolutionKernel and KVP.
+    slice_thickness_mm : float, optional
+        SliceThickness; by default the distance of slices.
     compress : bool
         JPEG 2000 lossless instead of no compression.
 
@@ -75,7 +78,7 @@ def write_dicom_series(
         "0008|0070": "lungseg phantom",
         "0010|0010": patient_id,
         "0010|0020": patient_id,
-        "0018|0050": _decimal(geometry.spacing_mm[0]),
+        "0018|0050": _decimal(geometry.spacing_mm[0] if slice_thickness_mm is None else slice_thickness_mm),
         "0018|0060": _decimal(kvp),
         # GDCM adds this tag of its own accord once a file has been read in the process: say it always
         "0018|0088": _decimal(geometry.spacing_mm[0]),

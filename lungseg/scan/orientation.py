@@ -22,6 +22,8 @@ RAS_TO_SPL = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
 """World axes of NIfTI (right, anterior, superior) to ours (superior, posterior, left)."""
 LPS_TO_SPL = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 """World axes of DICOM and ITK (left, posterior, superior) to ours (superior, posterior, left)."""
+LAS_TO_SPL = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [1.0, 0.0, 0.0]])
+"""World axes of some NRRD files (left, anterior, superior) to ours."""
 
 Direction = tuple[Triple, Triple, Triple]
 
@@ -62,6 +64,43 @@ def _nearest_axes(direction: np.ndarray) -> tuple[tuple[int, ...], tuple[bool, .
     return axes, tuple(bool(direction[i, axes[i]] < 0) for i in range(3))
 
 
+def canonical_grid(geometry: Geometry) -> tuple[Geometry, tuple[int, int, int], tuple[bool, bool, bool]]:
+    """The canonical grid of a file's grid, and which axes of the file become z, y, x and run backwards.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        The file's own grid (slowest axis first); may be left-handed, as NIfTI grids often are.
+
+    Returns
+    -------
+    (Geometry, three ints, three bools)
+        Grid, ``stored_axes`` and ``stored_flips`` as in ``Volume``.
+    """
+    axes, flips = _nearest_axes(np.asarray(geometry.direction))
+    return move_axes(geometry, axes, flips), axes, flips  # type: ignore[return-value]
+
+
+def move_axes(geometry: Geometry, axes: Sequence[int], flips: Sequence[bool]) -> Geometry:
+    """The same grid, its axes in another order: axis ``axes[i]`` becomes axis i, then is flipped if ``flips[i]``."""
+    first = [0, 0, 0]
+    for axis, flip in zip(axes, flips, strict=True):
+        first[axis] = geometry.shape[axis] - 1 if flip else 0
+    direction = np.asarray(geometry.direction)[:, list(axes)] * np.where(flips, -1.0, 1.0) + 0.0
+    return Geometry(
+        tuple(geometry.shape[a] for a in axes),  # type: ignore[arg-type]
+        tuple(geometry.spacing_mm[a] for a in axes),  # type: ignore[arg-type]
+        tuple(float(v) for v in geometry.to_world(first)),  # type: ignore[arg-type]
+        tuple(tuple(float(v) for v in row) for row in direction),  # type: ignore[arg-type]
+    )
+
+
+def stored_view(array: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> np.ndarray:
+    """A view of a canonical array in the file's own axis order: readers write slices through it, without a copy."""
+    order = [list(axes).index(i) for i in range(3)]
+    return np.flip(array, tuple(i for i in range(3) if flips[i])).transpose(order)
+
+
 def to_canonical(array: np.ndarray, geometry: Geometry) -> Volume:
     """The same voxels in the canonical orientation, contiguous in memory.
 
@@ -81,20 +120,9 @@ def to_canonical(array: np.ndarray, geometry: Geometry) -> Volume:
     ------
     STYLE section 6.3; RELIABILITY rows 9-11.
     """
-    axes, flips = _nearest_axes(np.asarray(geometry.direction))
-    first = [0, 0, 0]
-    for axis, flip in zip(axes, flips, strict=True):
-        first[axis] = geometry.shape[axis] - 1 if flip else 0
-    signs = np.where(flips, -1.0, 1.0)
-    direction = np.asarray(geometry.direction)[:, list(axes)] * signs + 0.0
-    grid = Geometry(
-        tuple(geometry.shape[a] for a in axes),  # type: ignore[arg-type]
-        tuple(geometry.spacing_mm[a] for a in axes),  # type: ignore[arg-type]
-        tuple(float(v) for v in geometry.to_world(first)),  # type: ignore[arg-type]
-        tuple(tuple(float(v) for v in row) for row in direction),  # type: ignore[arg-type]
-    )
+    grid, axes, flips = canonical_grid(geometry)
     moved = np.flip(array.transpose(axes), tuple(i for i in range(3) if flips[i]))
-    return Volume(np.ascontiguousarray(moved), grid, axes, flips)  # type: ignore[arg-type]
+    return Volume(np.ascontiguousarray(moved), grid, axes, flips)
 
 
 def to_stored(
@@ -127,5 +155,4 @@ def to_stored(
         tuple(float(v) for v in geometry.to_world(first)),  # type: ignore[arg-type]
         tuple(tuple(float(v) for v in row) for row in direction),  # type: ignore[arg-type]
     )
-    moved = np.flip(array, tuple(i for i in range(3) if stored_flips[i])).transpose(order)
-    return np.ascontiguousarray(moved), grid
+    return np.ascontiguousarray(stored_view(array, stored_axes, stored_flips)), grid

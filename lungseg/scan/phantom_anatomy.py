@@ -1,29 +1,38 @@
-"""The healthy chest of the digital phantom as implicit surfaces: body, rib cage, mediastinum, diaphragm, lungs.
+"""The healthy chest of the digital phantom as implicit surfaces: lungs, mediastinum, diaphragm and abdomen.
 
 Every ``*_mm`` array is a signed distance in mm (approximate away from the surface), positive inside the structure.
-Coordinates: z up from the lowest slice, y to posterior and x to the patient's left from the body axis.
+Coordinates as in ``phantom_person.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage
 
 from lungseg.scan.phantom_noise import smooth_noise
+from lungseg.scan.phantom_person import (
+    Person,
+    Posture,
+    cage_distance,
+    ellipse,
+    ellipsoid,
+    smooth_max,
+)
+from lungseg.scan.phantom_tubes import Grid, unite_tube
+from lungseg.scan.phantom_wall import AIR, BLOOD, FAT, LIVER, MUSCLE, WATER, draw_spine, wall_hu
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
-REFERENCE_HALF_WIDTH_MM = 165.0
-REFERENCE_HALF_DEPTH_MM = 115.0
-REFERENCE_HEIGHT_MM = 300.0
-"""Adult chest to which the sizes below refer; smaller fields of view hold a smaller chest."""
-MAX_HALF_WIDTH_MM, MAX_HALF_DEPTH_MM, MAX_HEIGHT_MM = 190.0, 130.0, 330.0
-"""A larger field of view shows more air around the body, not a larger body."""
-
-AIR, FAT, MUSCLE, SKIN, BLOOD, LIVER, WATER = -1000.0, -100.0, 50.0, 15.0, 42.0, 58.0, 15.0
-BONE_CORTEX, BONE_MARROW, CARTILAGE = 620.0, 190.0, 110.0
-"""HU of tissues outside the lung, unenhanced scan at 120 kV (general knowledge)."""
+PLEURA_REACH_MM = 14.0
+"""Depth below the pleura counts great vessels up to this distance."""
+AIRWAY_WALL_MM = 1.8
+"""Wall of trachea and main bronchi (1 to 3 mm, general knowledge), in small chests too."""
+SEPTUM_MM = 2.0
+"""Half of the thinnest wall between the lungs, in front of the heart."""
+MIDLINE_MM = 4.0
+"""How far to the left the mediastinum lies in a reference adult."""
 
 
 @dataclass(frozen=True)
@@ -54,193 +63,189 @@ class Chest:
     hila_mm: dict[int, np.ndarray]
     """Side -> point (z, y, x) in mm from the outer corner of voxel (0, 0, 0) where vessels enter."""
 
+    def crop(self, box: tuple[slice, slice, slice]) -> Chest:
+        """The part of the chest in a voxel box; arrays are views."""
+        corner = np.array([part.start * s for part, s in zip(box, self.spacing_mm, strict=True)])
+        return replace(
+            self,
+            z_mm=self.z_mm[box[0]],
+            y_mm=self.y_mm[:, box[1]],
+            x_mm=self.x_mm[:, :, box[2]],
+            lung_mm=self.lung_mm[box],
+            sides=self.sides[box],
+            body_hu=self.body_hu[box],
+            trachea_lumen=self.trachea_lumen[box],
+            hila_mm={side: point - corner for side, point in self.hila_mm.items()},
+        )
 
-def build_chest(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], rng: np.random.Generator) -> Chest:
+
+def build_chest(
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    rng: np.random.Generator,
+    posture: Posture,
+) -> Chest:
     """Chest that fills the grid, its proportions drawn from ``rng``."""
-    extent = np.asarray(shape) * np.asarray(spacing_mm)
-    body = _Body(extent, rng)
-    z, y, x = body.axes(shape, spacing_mm)
-    rho, ray = _ellipse(y - body.cage_y, x, body.depth, body.width, body.power)
-    cage_mm = _cage(z, rho, ray, body)
-    cage_mm += 0.8 * body.scale * smooth_noise(shape, spacing_mm, knot_mm=22.0, rng=rng)
-    diaphragm = {side: _diaphragm(y, x, side, body) for side in (LUNG_LEFT, LUNG_RIGHT)}
-    middle_mm, heart_mm = _mediastinum(z, y, x, body)
-    middle_mm += 1.2 * body.scale * smooth_noise(shape, spacing_mm, knot_mm=18.0, rng=rng)
-    wave = 0.8 * body.scale * smooth_noise(shape, spacing_mm, knot_mm=25.0, rng=rng)[0]
+    grid = Grid(shape, spacing_mm)
+    person = Person(np.asarray(shape) * np.asarray(spacing_mm), rng, posture)
+    z, y, x = person.axes(shape, spacing_mm)
+    rho, ray = ellipse(y - person.cage_y, x, person.depth, person.width, person.power)
+    cage_mm = cage_distance(z, rho, ray, person).astype(np.float32)
+    cage_mm += 0.8 * person.scale * smooth_noise(shape, spacing_mm, knot_mm=22.0, rng=rng)
+    diaphragm = {side: _diaphragm(y, x, side, person) for side in (LUNG_LEFT, LUNG_RIGHT)}
+    vessel_mm = _great_vessels(grid, person)
+    heart_mm = _heart(z, y, x, person)
+    middle_mm = _mediastinum(z, y, x, vessel_mm, heart_mm, person)
+    middle_mm += 1.0 * person.scale * smooth_noise(shape, spacing_mm, knot_mm=18.0, rng=rng)
+    # The lungs touch in front of the heart but never open into each other: two pleuras keep them apart.
+    np.maximum(middle_mm, SEPTUM_MM - np.abs(x - MIDLINE_MM * person.scale), out=middle_mm)
+    wave = 0.8 * person.scale * smooth_noise(shape, spacing_mm, knot_mm=25.0, rng=rng)[0]
 
-    airway_mm = _main_airways(z, y, x, body)
-    wall_mm = 1.0 + 0.5 * body.scale
-    floor_mm = np.where(x > 0, diaphragm[LUNG_LEFT], diaphragm[LUNG_RIGHT]) + wave
-    lung_mm = np.minimum(cage_mm - 1.0, -middle_mm)
+    airway_mm = _main_airways(grid, person)
+    wall_mm = AIRWAY_WALL_MM
+    floor_mm = (np.where(x > 0, diaphragm[LUNG_LEFT], diaphragm[LUNG_RIGHT]) + wave).astype(np.float32)
+    # Corners between ribs and mediastinum are round.
+    lung_mm = -smooth_max(1.0 - cage_mm, middle_mm, 11.0 * person.scale)
     # Half the slope of a dome lies off the vertical: 0.8 turns the height above it roughly into a distance.
     lung_mm = np.minimum(lung_mm, 0.8 * (z - floor_mm))
-    lung_mm = np.minimum(lung_mm, -airway_mm - wall_mm).astype(np.float32)
-    sides = _two_lungs(lung_mm, x)
+    lung_mm = np.minimum(lung_mm, -airway_mm - wall_mm).astype(np.float32, copy=False)
+    sides = _two_lungs(lung_mm, x, MIDLINE_MM * person.scale)
 
-    outside = _outside_hu(shape, spacing_mm, (z, y, x), body, rng)
-    inside = _mediastinum_hu(shape, spacing_mm, middle_mm, heart_mm, rng)
-    abdomen = _abdomen_hu(z, y, x, floor_mm, body, rng)
+    hu = wall_hu(grid, person, rng)
     below = (z < floor_mm) & (heart_mm < 0)
-    hu = np.where(cage_mm > 0, np.where(below, abdomen, inside), outside)
-    del inside, outside, abdomen
-    hu = _spine(hu, z, y, x, body)
-    hu = np.where(airway_mm > -wall_mm, np.float32(30.0), hu)
-    lumen = np.clip(airway_mm / min(spacing_mm) + 0.5, 0.0, 1.0).astype(np.float32)
+    inside = cage_mm > 0
+    hu = np.where(inside & ~below, _mediastinum_hu(grid, z, y, middle_mm, vessel_mm, heart_mm, person, rng), hu)
+    del middle_mm, vessel_mm
+    hu = np.where(inside & below, _abdomen_hu(grid, z, y, x, floor_mm, person, rng), hu)
+    del inside, below, heart_mm, cage_mm
+    draw_spine(hu, grid, person)
+    hu[airway_mm > -wall_mm] = 30.0
+    lumen = np.clip(airway_mm / min(spacing_mm) + 0.5, 0.0, 1.0).astype(np.float32, copy=False)
     return Chest(
-        z, y, x, spacing_mm, body.scale, body.width, body.depth, body.height, lung_mm, sides,
-        hu.astype(np.float32), lumen, {side: body.hilum(side) + body.corner for side in diaphragm},
+        z, y, x, spacing_mm, person.scale, person.width, person.depth, person.height, lung_mm, sides,
+        hu, lumen, {side: person.hilum(side) + person.corner for side in diaphragm},
     )  # fmt: skip
 
 
-class _Body:
-    """The random proportions of one person, in mm."""
-
-    def __init__(self, extent: np.ndarray, rng: np.random.Generator) -> None:
-        vary = rng.uniform
-        self.extent = extent
-        self.height = min(float(extent[0]), MAX_HEIGHT_MM)
-        self.base = (float(extent[0]) - self.height) / 2.0
-        self.outer_width = min(0.49 * float(extent[2]), MAX_HALF_WIDTH_MM)
-        self.outer_depth = min(0.455 * float(extent[1]), MAX_HALF_DEPTH_MM)
-        ratio = (
-            (self.outer_width / REFERENCE_HALF_WIDTH_MM)
-            * (self.outer_depth / REFERENCE_HALF_DEPTH_MM)
-            * (self.height / REFERENCE_HEIGHT_MM)
-        )
-        self.scale = float(np.clip(ratio ** (1.0 / 3.0), 0.4, 1.15))
-        self.width = self.outer_width * vary(0.845, 0.885)
-        self.depth = self.outer_depth * vary(0.80, 0.84)
-        self.cage_y = -0.035 * self.outer_depth
-        self.power = vary(2.1, 2.4)
-        self.apex = self.height * vary(0.91, 0.945)
-        self.recess = self.height * vary(0.05, 0.08)
-        self.dome = {
-            LUNG_RIGHT: self.height * vary(0.26, 0.32),
-            LUNG_LEFT: self.height * vary(0.22, 0.28),
-        }
-        self.heart = vary(0.9, 1.1)
-        self.carina = self.height * vary(0.56, 0.60)
-        self.airway = 9.0 * self.scale * vary(0.9, 1.1)
-        self.fat = 11.0 * self.scale * vary(0.6, 1.3)
-        self.spine_y = self.cage_y + 0.66 * self.depth
-        self.tilt = vary(-0.05, 0.05)
-        self.corner = np.array([self.base, extent[1] / 2.0 - 0.02 * extent[1], extent[2] / 2.0])
-
-    def axes(self, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, ...]:
-        """Broadcastable z, y, x of the voxel centres; the body sits a little high to leave room for the table."""
-        z, y, x = (
-            ((np.arange(n) + 0.5) * s - c).astype(np.float32)
-            for n, s, c in zip(shape, spacing_mm, self.corner, strict=True)
-        )
-        return z[:, None, None], y[None, :, None], x[None, None, :]
-
-    def hilum(self, side: int) -> np.ndarray:
-        """Where vessels and bronchus enter a lung, (z, y, x)."""
-        sign = 1.0 if side == LUNG_LEFT else -1.0
-        return np.array([0.52 * self.height, 0.05 * self.depth, sign * 0.27 * self.width])
-
-
-def _ellipse(
-    y: np.ndarray, x: np.ndarray, half_depth: float, half_width: float, power: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Level of a superellipse (1 on it) and mm per unit of level along the ray from the centre."""
-    rho = (np.abs(x / half_width) ** power + np.abs(y / half_depth) ** power) ** (1.0 / power)
-    rho = np.maximum(rho, 1e-3)
-    ray = np.maximum(np.sqrt(x**2 + y**2) / rho, 0.5 * min(half_depth, half_width))
-    return rho, ray
-
-
-def _cage(z: np.ndarray, rho: np.ndarray, ray: np.ndarray, body: _Body) -> np.ndarray:
-    """Inside of the rib cage: straight below, closing to a dome at the apex."""
-    t = np.clip((z - 0.0) / body.apex, 0.0, 1.2)
-    inside = np.clip(1.0 - t**3.4, 0.0, 1.0)
-    level = np.where(t < 1.0, inside**0.5, -(t - 1.0) * 4.0)
-    slope = np.where(t < 1.0, 1.7 * t**2.4 / np.sqrt(np.maximum(inside, 0.02)), 4.0) / body.apex
-    distance: np.ndarray = (level - rho) * ray / np.sqrt(1.0 + (slope * ray) ** 2)
-    return distance
-
-
-def _diaphragm(y: np.ndarray, x: np.ndarray, side: int, body: _Body) -> np.ndarray:
+def _diaphragm(y: np.ndarray, x: np.ndarray, side: int, person: Person) -> np.ndarray:
     """Height of one dome over the axial plane, shape (1, Y, X)."""
     sign = 1.0 if side == LUNG_LEFT else -1.0
-    across = (x - sign * 0.42 * body.width) / (0.62 * body.width)
-    along = (y + 0.18 * body.depth) / (1.10 * body.depth)
+    across = (x - sign * 0.42 * person.width) / (0.62 * person.width)
+    along = (y + 0.12 * person.depth) / (1.12 * person.depth)
     level = np.clip(1.0 - across**2 - along**2, -0.15, 1.0)
-    height = body.recess + body.dome[side] * np.where(level > 0, np.maximum(level, 0.0) ** 0.8, level)
+    height = person.recess + person.dome[side] * np.where(level > 0, np.maximum(level, 0.0) ** 0.75, level)
     # Behind the sternum the diaphragm rises to its attachment.
-    front = 1.0 / (1.0 + np.exp((y / body.depth + 0.55) / 0.10))
-    rise = body.recess + 0.17 * body.height * front * np.exp(-((x / (0.30 * body.width)) ** 2))
-    return _smooth_max(height, rise, 8.0 * body.scale)
+    front = 1.0 / (1.0 + np.exp((y / person.depth + 0.55) / 0.10))
+    rise = person.recess + 0.17 * person.height * front * np.exp(-((x / (0.30 * person.width)) ** 2))
+    return smooth_max(height, rise, 8.0 * person.scale)
 
 
-def _mediastinum(z: np.ndarray, y: np.ndarray, x: np.ndarray, body: _Body) -> tuple[np.ndarray, np.ndarray]:
-    """Everything between the lungs, and the heart in it."""
-    s = body.scale
-    t = z / body.height
-    bulge = np.exp(-(((y - 0.05 * body.depth) / (0.38 * body.depth)) ** 2))
-    # Wide at the great vessels, and wider again where the apices part around the neck.
-    half = s * (3.5 + 27.0 * bulge + 24.0 * np.clip((t - 0.72) / 0.24, 0.0, 1.0) * (1.0 - 0.4 * (1.0 - bulge)))
-    core = half - np.abs(x - 2.0 * s)
-    centre = (0.27 * body.height, -0.33 * body.depth, 0.17 * body.width)
-    heart = _ellipsoid(
-        z - centre[0] + 0.25 * (x - centre[2]), y - centre[1], x - centre[2],
-        (0.24 * body.height * body.heart, 0.47 * body.depth * body.heart, 0.40 * body.width * body.heart),
+def _heart(z: np.ndarray, y: np.ndarray, x: np.ndarray, person: Person) -> np.ndarray:
+    """Heart with its long axis to the left and front, and the right atrium."""
+    centre = np.array([0.335 * person.height, -0.25 * person.depth, 0.22 * person.width])
+    cosine, sine = np.cos(person.heart_angle), np.sin(person.heart_angle)
+    dz, dy, dx = z - centre[0], y - centre[1], x - centre[2]
+    long = dx * cosine - dy * sine
+    short = dx * sine + dy * cosine
+    # The apex hangs lower than the base.
+    body = ellipsoid(
+        dz + 0.22 * long, short, long,
+        (0.195 * person.height * person.heart, 0.42 * person.depth * person.heart, 0.43 * person.width * person.heart),
     )  # fmt: skip
-    parts = [core, heart]
+    atrium = ellipsoid(
+        dz - 0.02 * person.height, y + 0.12 * person.depth, x + 0.08 * person.width,
+        (0.14 * person.height * person.heart, 0.34 * person.depth, 0.20 * person.width * person.heart),
+    )  # fmt: skip
+    return smooth_max(body, atrium, 12.0 * person.scale).astype(np.float32)
+
+
+def _great_vessels(grid: Grid, person: Person) -> np.ndarray:
+    """Aorta with arch and branches, pulmonary arteries and veins, caval veins and oesophagus; -20 away from them.
+
+    Paths are points (share of the height, y, x): our drawing, after any atlas of the chest.
+    """
+    s, h, d, w = person.scale, person.height, person.depth, person.width
+    behind = person.spine_y - 18.0 * s
+    aorta = [(0.40, -0.20 * d, 0.02 * w), (0.52, -0.30 * d, -0.05 * w), (0.62, -0.28 * d, -0.04 * w)]
+    arch = [
+        (0.69 - 0.07 * (2.0 * p - 1.0) ** 2, (1.0 - p) * -0.28 * d + p * behind, (1.0 - p) * -0.04 * w + p * 17.0 * s)
+        for p in np.linspace(0.0, 1.0, 6)[1:]
+    ]
+    down = [(0.40, behind + 2.0 * s, 15.0 * s), (-0.05, behind + 6.0 * s, 7.0 * s)]
+    hila = {side: person.hilum(side) for side in (LUNG_LEFT, LUNG_RIGHT)}
+    trunk = (0.56, -0.22 * d, 0.11 * w)
+    right, left = ((hila[side][0] / h, hila[side][1], 1.1 * hila[side][2]) for side in (LUNG_RIGHT, LUNG_LEFT))
+    paths: list[tuple[float, list[tuple[float, float, float]]]] = [
+        (person.aorta * 1.1, aorta + arch[:1]),
+        (person.aorta * 0.95, arch),
+        (person.aorta * 0.85, [arch[-1], *down]),
+        (13.0 * s, [(0.46, -0.36 * d, 0.12 * w), trunk]),
+        (10.5 * s, [trunk, (0.565, 0.0, 0.05 * w), right]),
+        (10.5 * s, [trunk, (0.575, 0.0, 0.2 * w), left]),
+        (8.5 * s, [(0.44, -0.18 * d, -0.17 * w), (0.72, -0.20 * d, -0.19 * w), (0.88, -0.30 * d, -0.20 * w)]),
+        (6.5 * s, [(0.73, -0.24 * d, -0.17 * w), (0.76, -0.34 * d, 0.06 * w), (0.90, -0.32 * d, 0.20 * w)]),
+        (5.0 * s, [(0.69, -0.10 * d, -0.03 * w), (0.85, -0.05 * d, -0.14 * w), (1.05, -0.05 * d, -0.16 * w)]),
+        (4.0 * s, [(0.70, 0.02 * d, 0.06 * w), (1.05, 0.0, 0.14 * w)]),
+        (4.5 * s, [(0.69, 0.10 * d, 0.11 * w), (0.93, 0.05 * d, 0.22 * w)]),
+        (10.0 * s, [(0.38, 0.05 * d, 0.0), (0.43, 0.08 * d, -0.24 * w)]),
+        (10.0 * s, [(0.38, 0.05 * d, 0.0), (0.44, 0.10 * d, 0.24 * w)]),
+        (7.0 * s, [(1.05, behind - 2.0 * s, 3.0 * s), (0.4, behind - 6.0 * s, 2.0 * s)]),
+        (7.0 * s, [(0.4, behind - 6.0 * s, 2.0 * s), (0.1, behind - 6.0 * s, 8.0 * s)]),
+        (11.0 * s, [(0.30, -0.02 * d, -0.16 * w), (0.05, 0.04 * d, -0.18 * w)]),
+    ]  # fmt: skip
+    field = np.full(grid.shape, -20.0, dtype=np.float32)
+    for radius, path in paths:
+        points = [np.array([t * h, py, px]) + person.corner for t, py, px in path]
+        for start, stop in pairwise(points):
+            unite_tube(field, grid, start, stop, radius, reach_mm=PLEURA_REACH_MM)
+    return field
+
+
+def _mediastinum(
+    z: np.ndarray, y: np.ndarray, x: np.ndarray, vessel_mm: np.ndarray, heart_mm: np.ndarray, person: Person
+) -> np.ndarray:
+    """Everything between the lungs."""
+    s = person.scale
+    t = z / person.height
+    bulge = np.exp(-(((y - 0.02 * person.depth) / (0.30 * person.depth)) ** 2))
+    # The lungs nearly touch in front of the heart's vessels; the apices part around the neck.
+    half = s * (2.8 + 19.0 * bulge + 27.0 * np.clip((t - 0.74) / 0.22, 0.0, 1.0) * (1.0 - 0.4 * (1.0 - bulge)))
+    core = half - np.abs(x - MIDLINE_MM * s)
+    # Fat of the front: a wedge behind the sternum.
+    wedge = 15.0 * s - 0.6 * (y + person.depth) - 0.7 * np.abs(x)
+    spine = 18.5 * s - np.hypot((y - person.spine_y) * 1.05, x)
+    # Lungs reach back on either side of the spine; heads of ribs and muscles widen the wedge behind it.
+    back = np.maximum(y - person.spine_y, 0.0) / (60.0 * s)
+    behind = (14.0 + 7.0 * back + 14.0 * back**3) * s - np.abs(x)
+    behind = np.minimum(behind, y - person.spine_y)
+    union = smooth_max(core.astype(np.float32), wedge, 8.0 * s)
+    union = smooth_max(union, np.maximum(spine, behind), 5.0 * s)
     for side in (LUNG_LEFT, LUNG_RIGHT):
-        hz, hy, hx = body.hilum(side)
-        parts.append(_ellipsoid(z - hz, y - hy, x - hx, (20.0 * s, 14.0 * s, 12.0 * s)))
-    arch = _ellipsoid(z - 0.68 * body.height, y + 2.0, x - 13.0 * s, (13.0 * s, 34.0 * s, 16.0 * s))
-    aorta = 13.0 * s - np.hypot(y - body.spine_y + 16.0 * s, x - 20.0 * s)
-    aorta = np.minimum(aorta, 0.70 * body.height - z)
-    spine = 20.0 * s - np.hypot((y - body.spine_y) * 1.05, x)
-    behind = np.minimum(19.0 * s - np.abs(x), y - body.spine_y)
-    for part in (*parts[2:], arch, aorta, spine, behind):
-        parts[0] = _smooth_max(parts[0], part, 3.0 * s)
-    return _smooth_max(parts[0], heart, 5.0 * s), heart
+        hz, hy, hx = person.hilum(side)
+        union = smooth_max(union, ellipsoid(z - hz, y - hy, x - hx, (21.0 * s, 13.0 * s, 11.0 * s)), 3.0 * s)
+    union = smooth_max(union, vessel_mm + 1.2 * s, 3.0 * s)
+    return smooth_max(union, heart_mm + 1.0, 5.0 * s).astype(np.float32)
 
 
-def _ellipsoid(z: np.ndarray, y: np.ndarray, x: np.ndarray, radii: tuple[float, float, float]) -> np.ndarray:
-    """Approximate signed distance of an ellipsoid at the origin, positive inside."""
-    level = np.sqrt((z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2)
-    distance: np.ndarray = (1.0 - level) * float(np.cbrt(np.prod(radii)))
-    return distance
-
-
-def _smooth_max(a: np.ndarray, b: np.ndarray, width_mm: float) -> np.ndarray:
-    """Union of two signed distances with a rounded seam."""
-    gap = np.clip(1.0 - np.abs(a - b) / width_mm, 0.0, 1.0)
-    union: np.ndarray = np.maximum(a, b) + gap**2 * (width_mm / 4.0)
-    return union
-
-
-def _main_airways(z: np.ndarray, y: np.ndarray, x: np.ndarray, body: _Body) -> np.ndarray:
-    """Lumen of trachea and both main bronchi."""
-    # It runs backwards on its way down.
-    trachea = body.airway - np.hypot(y - 0.12 * body.depth + 0.08 * (z - body.carina), x * 0.92)
-    trachea = np.minimum(trachea, z - body.carina + 2.0)
-    lumen = np.broadcast_to(trachea, np.broadcast_shapes(z.shape, y.shape, x.shape))
-    start = np.array([body.carina, 0.12 * body.depth, 0.0])
+def _main_airways(grid: Grid, person: Person) -> np.ndarray:
+    """Lumen of trachea, main bronchi and the first lobar bronchi; -20 away from them."""
+    d, carina = person.depth, person.carina
+    field = np.full(grid.shape, -20.0, dtype=np.float32)
+    fork = np.array([carina, 0.10 * d, 0.0])
+    # The trachea runs backwards on its way down.
+    upper = np.array([person.height * 1.3, 0.10 * d - 0.12 * (1.3 * person.height - carina), 2.0 * person.scale])
+    unite_tube(field, grid, fork + person.corner, upper + person.corner, person.airway, reach_mm=PLEURA_REACH_MM)
     for side in (LUNG_LEFT, LUNG_RIGHT):
-        stop = body.hilum(side)
-        radius = body.airway * (0.72 if side == LUNG_LEFT else 0.80)
-        vector = stop - start
-        squared = float(vector @ vector)
-        along = ((z - start[0]) * vector[0] + (y - start[1]) * vector[1] + (x - start[2]) * vector[2]) / squared
-        along = np.clip(along, 0.0, 1.0)
-        distance = np.sqrt(
-            (z - start[0] - along * vector[0]) ** 2
-            + (y - start[1] - along * vector[1]) ** 2
-            + (x - start[2] - along * vector[2]) ** 2
-        )
-        lumen = np.maximum(lumen, radius - distance)
-    return lumen
+        stop = person.hilum(side)
+        radius = person.airway * (0.70 if side == LUNG_LEFT else 0.80)
+        unite_tube(field, grid, fork + person.corner, stop + person.corner, radius, reach_mm=PLEURA_REACH_MM)
+    return field
 
 
-def _two_lungs(lung_mm: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _two_lungs(lung_mm: np.ndarray, x: np.ndarray, midline_mm: float) -> np.ndarray:
     """Largest piece of lung on either side of the midline; slivers cut off by heart or diaphragm are no lung."""
     sides = np.zeros(lung_mm.shape, dtype=np.uint8)
-    for side, half in ((LUNG_LEFT, x > 0), (LUNG_RIGHT, x <= 0)):
+    for side, half in ((LUNG_LEFT, x > midline_mm), (LUNG_RIGHT, x <= midline_mm)):
         pieces, count = ndimage.label((lung_mm > 0) & half)
         if count:
             sizes = np.bincount(pieces.ravel())
@@ -249,109 +254,58 @@ def _two_lungs(lung_mm: np.ndarray, x: np.ndarray) -> np.ndarray:
     return sides
 
 
-def _outside_hu(
-    shape: tuple[int, int, int],
-    spacing_mm: tuple[float, float, float],
-    axes: tuple[np.ndarray, ...],
-    body: _Body,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Chest wall: skin, fat, muscle, ribs and sternum; air and table around it."""
-    z, y, x = axes
-    rho, ray = _ellipse(y, x, body.outer_depth, body.outer_width, 2.3)
-    skin_mm = (1.0 - rho) * ray
-    rho, ray = _ellipse(y - body.cage_y, x, body.depth, body.width, body.power)
-    wall_mm = -_cage(z, rho, ray, body)
-    patchy = smooth_noise(shape, spacing_mm, knot_mm=9.0 * body.scale + 3.0, rng=rng)
-    # Fat between muscles lies in sheets (level set of the noise) and in the armpits (its peaks).
-    fat = ((np.abs(patchy) < 0.14) | (patchy > 1.1)) & (wall_mm > 8.0 * body.scale)
-    fat |= skin_mm < body.fat + 2.0 * body.scale * patchy
-    hu = np.where(fat, np.float32(FAT), np.float32(MUSCLE))
-    hu = np.where(skin_mm < 1.8, np.float32(SKIN), hu)
-
-    # Ribs fall to the front: along the wall the height of one rib drops by about five ribs.
-    pitch = 25.0 * body.scale
-    phase = (z - 0.65 * y - body.tilt * x) / pitch
-    across = np.abs(phase - np.floor(phase) - 0.5) * pitch
-    rib_mm = np.minimum(5.2 * body.scale - across, 3.2 * body.scale - np.abs(wall_mm - 4.6 * body.scale))
-    front = (y < -0.72 * body.depth) & (np.abs(x) < 0.45 * body.width)
-    cortex = np.where(front, np.float32(CARTILAGE), np.float32(BONE_CORTEX))
-    marrow = np.where(front, np.float32(CARTILAGE), np.float32(BONE_MARROW))
-    hu = np.where(rib_mm > 0, np.where(rib_mm > 1.1, marrow, cortex), hu)
-    plate = np.minimum(16.0 * body.scale - np.abs(x), 5.0 * body.scale - np.abs(wall_mm - 5.5 * body.scale))
-    plate = np.where((y < 0) & (z > 0.33 * body.height), plate, -1.0)
-    hu = np.where(plate > 0, np.where(plate > 1.3, np.float32(BONE_MARROW), np.float32(BONE_CORTEX)), hu)
-    scapula = np.abs(wall_mm - 13.0 * body.scale - 0.2 * (np.abs(x) - 0.6 * body.width))
-    blade = (
-        (scapula < 1.8)
-        & (y > 0.35 * body.depth)
-        & (np.abs(x) > 0.35 * body.width)
-        & (np.abs(z / body.height - 0.68) < 0.16)
-    )
-    hu = np.where(blade & (skin_mm > 4.0), np.float32(350.0), hu)
-    hu = np.where(skin_mm < 0, np.float32(AIR), hu)
-    table = np.abs(y - (body.outer_depth + 3.0 - 0.05 * body.outer_depth * (x / body.outer_width) ** 2))
-    hu = np.where((table < 0.9) & (skin_mm < 0), np.float32(-350.0), hu)
-    result: np.ndarray = hu
-    return result
-
-
 def _mediastinum_hu(
-    shape: tuple[int, int, int],
-    spacing_mm: tuple[float, float, float],
+    grid: Grid,
+    z: np.ndarray,
+    y: np.ndarray,
     middle_mm: np.ndarray,
+    vessel_mm: np.ndarray,
     heart_mm: np.ndarray,
+    person: Person,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Fat, vessels, nodes and heart."""
-    patchy = smooth_noise(shape, spacing_mm, knot_mm=8.0, rng=rng)
-    hu = np.where(patchy > -0.35, np.float32(BLOOD), np.float32(FAT + 15.0))
-    # A pericardial layer of fat, thicker where the noise is high.
-    hu = np.where(heart_mm > 0.5 + np.maximum(patchy, 0.0), np.float32(BLOOD), hu)
-    edge = (middle_mm < 2.0) & (patchy < 0.2)
-    return np.where(edge & (heart_mm < 0), np.float32(FAT + 25.0), hu)
+    """Fat with nodes in it, vessels, and the heart below its own layer of fat."""
+    s = person.scale
+    patchy = smooth_noise(grid.shape, grid.spacing_mm, knot_mm=8.0, rng=rng)
+    # Nodes and small vessels; the neck and the space beside the spine hold muscle.
+    muscle = (patchy > 0.9) | (y > person.spine_y - 4.0 * s) | ((z > 0.82 * person.height) & (patchy > -0.5))
+    hu = np.where(muscle, np.float32(MUSCLE - 8.0), np.float32(FAT + 8.0))
+    hu += 6.0 * patchy
+    blood = (vessel_mm > 0) | (heart_mm > (1.5 + 2.0 * np.maximum(patchy, 0.0)) * s)
+    hu[blood] = BLOOD
+    # The wall of the mediastinum is a thin line of its own against the fat.
+    hu[(middle_mm < 0.8) & ~blood] = 0.0
+    return hu
 
 
 def _abdomen_hu(
-    z: np.ndarray, y: np.ndarray, x: np.ndarray, floor_mm: np.ndarray, body: _Body, rng: np.random.Generator
+    grid: Grid,
+    z: np.ndarray,
+    y: np.ndarray,
+    x: np.ndarray,
+    floor_mm: np.ndarray,
+    person: Person,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Liver, spleen and stomach with its gas bubble below the diaphragm."""
-    s = body.scale
+    """Liver, spleen and stomach with its gas bubble below the diaphragm, in fat."""
+    s = person.scale
     depth_mm = floor_mm - z
-    hu = np.where(depth_mm < 2.5, np.float32(MUSCLE), np.float32(FAT))
-    organ = depth_mm > 3.5 + 1.5 * s
-    liver = organ & (x < 0.16 * body.width - 0.1 * y)
-    spleen = organ & (x > 0.45 * body.width) & (y > 0.15 * body.depth)
-    stomach = _ellipsoid(
-        z - body.recess - 0.30 * body.dome[LUNG_LEFT], y + 0.15 * body.depth, x - 0.46 * body.width,
-        (0.5 * body.dome[LUNG_LEFT], 0.45 * body.depth, 0.26 * body.width),
-    )  # fmt: skip
-    hu = np.where(organ & (depth_mm < 18.0 * s) & ~liver, np.float32(MUSCLE), hu)
+    patchy = smooth_noise(grid.shape, grid.spacing_mm, knot_mm=14.0, rng=rng)
+    hu = np.where(depth_mm < 3.0 * s, np.float32(MUSCLE), np.float32(FAT))
+    organ = depth_mm > 3.0 * s
+    edge = 3.0 * s * patchy
+    liver = organ & (x + edge < 0.16 * person.width - 0.1 * y) & (y < 0.62 * person.depth)
+    spleen = organ & (x > 0.45 * person.width + edge) & (y > 0.15 * person.depth)
+    stomach = ellipsoid(
+        z - person.recess - 0.38 * person.dome[LUNG_LEFT], y + 0.15 * person.depth, x - 0.46 * person.width,
+        (0.48 * person.dome[LUNG_LEFT], 0.45 * person.depth, 0.26 * person.width),
+    ) + 0.5 * edge  # fmt: skip
+    hu = np.where(organ & (patchy > 0.8), np.float32(MUSCLE - 15.0), hu)
     hu = np.where(liver, np.float32(LIVER), hu)
     hu = np.where(spleen, np.float32(LIVER - 10.0), hu)
-    level = -body.depth * float(rng.uniform(-0.05, 0.35))
-    lumen = (stomach > 2.5) & (depth_mm > 4.0 + 2.0 * s)
+    level = -person.depth * float(rng.uniform(-0.05, 0.35))
+    lumen = (stomach > 2.5) & (depth_mm > 7.0 + 3.0 * s)
     hu = np.where(organ & (stomach > 0), np.float32(MUSCLE), hu)
     # Supine: gas rises to the front (small y), fluid lies behind it.
     result: np.ndarray = np.where(lumen, np.where(y < level, np.float32(AIR), np.float32(WATER)), hu)
-    return result
-
-
-def _spine(hu: np.ndarray, z: np.ndarray, y: np.ndarray, x: np.ndarray, body: _Body) -> np.ndarray:
-    """Vertebral bodies with discs, canal, arches and spinous processes."""
-    s = body.scale
-    centre = body.spine_y
-    vertebra = 16.0 * s - np.hypot((y - centre) * 1.15, x)
-    phase = z / (27.0 * s)
-    disc = np.abs(phase - np.floor(phase) - 0.5) > 0.40
-    bone = np.where(vertebra > 1.5, np.float32(BONE_MARROW), np.float32(BONE_CORTEX))
-    hu = np.where(vertebra > 0, np.where(disc, np.float32(90.0), bone), hu)
-    canal_y = centre + 20.0 * s
-    ring = 12.0 * s - np.hypot(y - canal_y, x * 0.85)
-    hu = np.where(ring > 0, np.where(ring > 3.0 * s, np.float32(WATER + 15.0), np.float32(BONE_CORTEX - 150.0)), hu)
-    process = np.minimum(2.6 * s - np.abs(x), 14.0 * s - np.abs(y - canal_y - 22.0 * s))
-    transverse = np.minimum(26.0 * s - np.abs(x), 3.2 * s - np.abs(y - canal_y + 3.0 * s - 0.2 * np.abs(x)))
-    transverse = np.where(np.abs(phase - np.floor(phase) - 0.5) < 0.2, transverse, -1.0)
-    wings = np.maximum(process, np.where(ring > 0, -1.0, transverse))
-    result: np.ndarray = np.where(wings > 0, np.float32(BONE_CORTEX - 250.0), hu)
     return result

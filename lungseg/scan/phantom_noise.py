@@ -1,12 +1,9 @@
-"""Random fields of the digital phantom: smooth noise for shapes and textures, and correlated CT noise.
-
-All fields have zero mean and unit standard deviation (up to sampling) and live on (z, y, x) grids.
-"""
+"""Smooth random fields of the digital phantom, for shapes and textures, on (z, y, x) grids."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import sparse
 
 _CUBIC_SPLINE_VARIANCE = 0.4794
 """Mean over positions of the sum of squared cubic B-spline weights: the variance left per axis by the smoothing."""
@@ -30,9 +27,22 @@ def smooth_noise(
     -------
     float32 array of ``shape``, mean 0, standard deviation 1 (up to sampling).
     """
-    bases = [_spline_basis(n, s, knot_mm) for n, s in zip(shape, spacing_mm, strict=True)]
-    along_z, along_y, along_x = bases
-    knots = rng.standard_normal(tuple(basis.shape[1] for basis in bases), dtype=np.float32)
+    num_knots = tuple(knot_count(n, s, knot_mm) for n, s in zip(shape, spacing_mm, strict=True))
+    field = spread_knots(rng.standard_normal(num_knots, dtype=np.float32), shape, spacing_mm, knot_mm=knot_mm)
+    field /= np.float32(_CUBIC_SPLINE_VARIANCE**1.5)
+    return field
+
+
+def knot_count(num_voxels: int, spacing_mm: float, knot_mm: float) -> int:
+    """Knots along one axis that cover a grid; knot ``k`` lies ``(k - 1) * knot_mm`` from the outer edge of voxel 0."""
+    return int(np.ceil(num_voxels * spacing_mm / knot_mm)) + 3
+
+
+def spread_knots(
+    knots: np.ndarray, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], *, knot_mm: float
+) -> np.ndarray:
+    """Cubic B-spline field of a lattice of knots (see :func:`knot_count`) on a grid; float32 array of ``shape``."""
+    along_z, along_y, along_x = (_spline_basis(n, s, knot_mm) for n, s in zip(shape, spacing_mm, strict=True))
     num_z, num_y, num_x = knots.shape
     # Sparse products use no BLAS: the same bits for any number of threads, and no slow-down on shared cores.
     field = along_x @ knots.reshape(-1, num_x).T  # (X, kz ky)
@@ -40,35 +50,13 @@ def smooth_noise(
     field = along_y @ field  # (Y, kz X)
     field = field.reshape(shape[1], num_z, shape[2]).transpose(1, 0, 2).reshape(num_z, -1)
     smooth: np.ndarray = (along_z @ field).reshape(shape)
-    smooth /= np.float32(_CUBIC_SPLINE_VARIANCE**1.5)
     return smooth
-
-
-def ct_noise(
-    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], *, rng: np.random.Generator
-) -> np.ndarray:
-    """Noise of filtered back-projection: correlated within slices, nearly independent between them.
-
-    A difference of two Gaussians (0.6 mm and 2.5 mm) gives the band-pass power spectrum of a ramp filter with
-    apodisation: little power at low frequency and little beyond the resolution of the kernel.
-
-    Returns
-    -------
-    float32 array of ``shape``, mean 0, standard deviation 1.
-    """
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    in_plane = np.asarray(spacing_mm[1:])
-    narrow = ndimage.gaussian_filter(noise, (0.0, *(0.6 / in_plane)), truncate=3.0)
-    narrow -= np.float32(0.7) * ndimage.gaussian_filter(noise, (0.0, *(2.5 / in_plane)), truncate=2.0)
-    # Overlapping slices of a helical scan share projections: about 30 % of the neighbour in 1 mm slices.
-    narrow = ndimage.gaussian_filter1d(narrow, 0.5 / spacing_mm[0], axis=0, truncate=3.0)
-    return narrow / max(float(narrow.std()), 1e-6)
 
 
 def _spline_basis(num_voxels: int, spacing_mm: float, knot_mm: float) -> sparse.csr_matrix:
     """Cubic B-spline weights of every voxel centre, sparse (num_voxels, num_knots), float32."""
     position = (np.arange(num_voxels) + 0.5) * spacing_mm / knot_mm
-    num_knots = int(np.ceil(num_voxels * spacing_mm / knot_mm)) + 3
+    num_knots = knot_count(num_voxels, spacing_mm, knot_mm)
     distance = np.abs(position[:, None] + 1.0 - np.arange(num_knots)[None, :])
     inner = 2.0 / 3.0 - distance**2 + distance**3 / 2.0
     outer = (2.0 - distance) ** 3 / 6.0

@@ -19,6 +19,9 @@ Triple = tuple[float, float, float]
 IDENTITY: tuple[Triple, Triple, Triple] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 AIR_HU = -1024
 """HU written where a scan holds no data (padding, outside the field of view)."""
+MIN_SLICES = 6
+MIN_COVERAGE_MM = 20.0
+"""Fewer slices or less coverage are no chest scan. RELIABILITY row 21."""
 STATUS_WORDS = {
     "gaps-filled": "missing slices were filled by interpolation",
     "tilt-corrected": "slices of a tilted gantry were sheared back",
@@ -119,6 +122,15 @@ class Geometry:
             tuple(float(v) for v in data["origin_mm"]),  # type: ignore[arg-type]
             tuple(tuple(float(v) for v in row) for row in data["direction"]),  # type: ignore[arg-type]
         )
+
+
+def extent_problem(num_slices: int, coverage_mm: float) -> str | None:
+    """Why slices are too few or cover too little for a chest scan, in words; None if they do not."""
+    if num_slices >= MIN_SLICES and coverage_mm >= MIN_COVERAGE_MM:
+        return None
+    slices = "1 slice" if num_slices == 1 else f"{num_slices} slices"
+    needed = f"at least {MIN_SLICES} slices and {MIN_COVERAGE_MM:g} mm are needed"
+    return f"only {slices} covering {coverage_mm:.1f} mm; {needed}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Working through a cohort: one bad case never stops the others, and the result says what became of each.
 
-Cases run in this process, or in several through joblib (``loky`` here; any joblib backend, such as dask, on a
-cluster). Nothing a case writes depends on how many run at once.
+Cases run in this process, in worker processes (:mod:`lungseg.stages.workers`), or on a cluster through another joblib
+backend, such as dask. Nothing a case writes depends on how many run at once.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lungseg.config.execution import Execution
 from lungseg.errors import InputError, Interrupted, LockedError, LungsegError, PartialError, ResourceError
 from lungseg.stages.progress import progress
+from lungseg.stages.workers import Death, in_workers
 from lungseg.store.atomic import disk_errors
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class CaseOutcome:
     """Traceback, shown with ``-v`` only: it may hold paths."""
     value: Any = None
     """What the case gave back besides its files."""
+    flags: tuple[str, ...] = ()
+    """Words of ``STATUS_WORDS``: what numbers of a finished case depend on."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class StageResult:
     """Sentences to print at the end."""
     values: dict[str, Any] = field(default_factory=dict)
     """Figures for the caller in Python."""
+    document: Any = None
+    """JSON types: printed in place of everything else if there are any."""
+    verdict: int | None = None
+    """Exit code of a command that only looks; None: it follows from the outcomes."""
 
     def require_complete(self) -> StageResult:
         """Itself if every case is complete.
@@ -78,6 +86,8 @@ class StageResult:
     @property
     def exit_code(self) -> int:
         """Exit code of the command: 0, 8 when some cases are not complete, that of the first failure when none is."""
+        if self.verdict is not None:
+            return self.verdict
         open_cases = [outcome for outcome in self.outcomes if outcome.status in (FAILED, BUSY)]
         if not open_cases:
             return 0
@@ -100,7 +110,13 @@ Work = Callable[..., CaseReturn]
 
 
 def run_cases(
-    work: Work, items: Sequence[Any], *arguments: Any, names: Sequence[str], title: str, execution: Execution
+    work: Work,
+    items: Sequence[Any],
+    *arguments: Any,
+    names: Sequence[str],
+    title: str,
+    execution: Execution,
+    isolate: bool = False,
 ) -> tuple[CaseOutcome, ...]:
     """Apply ``work`` to each item of this shard; outcomes in the order of the items.
 
@@ -112,45 +128,65 @@ def run_cases(
         Items and their case ids for the outcome.
     title : str
         What is being done, for people.
+    isolate : bool
+        Files of others are read, on which a library may crash: on the command line a single job runs in a worker too.
+        From Python it stays in the calling process, where it can be debugged.
 
-    Raises
-    ------
-    ResourceError
-        If a worker process dies (most often: memory).
+    Notes
+    -----
+    A case whose worker dies has failed, with the cause (exit code 5); the others go on.
     """
     pairs = execution.take_shard(list(zip(items, names, strict=True)))
-    outcomes: list[CaseOutcome] = []
-    with progress(title, len(pairs), execution) as advance:
-        for outcome in _results(work, pairs, arguments, execution):
-            outcomes.append(outcome)
+    outcomes: dict[int, CaseOutcome] = {}
+    with (
+        progress(title, len(pairs), execution) as advance,
+        closing(_results(work, pairs, arguments, execution, isolate=isolate)) as results,
+    ):
+        for number, outcome in results:
+            outcomes[number] = outcome
             advance(1, outcome.case_id)
             line = f"{title}: {outcome.case_id} ({len(outcomes)}/{len(pairs)}) {outcome.status}"
             if outcome.status == FAILED:
                 log.error("%s: %s", line, outcome.message)
-                log.debug("%s", outcome.trace)
+                if outcome.trace:
+                    log.debug("%s", outcome.trace)
             else:
                 log.info("%s%s", line, f" ({outcome.message})" if outcome.message else "")
-    return tuple(outcomes)
+    return tuple(outcomes[number] for number in sorted(outcomes))
 
 
 def _results(
-    work: Work, pairs: Sequence[tuple[Any, str]], arguments: Iterable[Any], execution: Execution
-) -> Iterator[CaseOutcome]:
-    if execution.jobs == 1 or len(pairs) < 2:
-        for item, name in pairs:
-            yield guarded(work, item, name, *arguments)
+    work: Work, pairs: Sequence[tuple[Any, str]], arguments: Iterable[Any], execution: Execution, *, isolate: bool
+) -> Generator[tuple[int, CaseOutcome], None, None]:
+    """Number and outcome of each case, as they become ready."""
+    several = execution.jobs > 1 and len(pairs) > 1
+    if not several and not (isolate and execution.interface == "cli"):
+        for number, (item, name) in enumerate(pairs):
+            yield number, guarded(work, item, name, *arguments)
         return
-    from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    if several and _other_backend():
+        from joblib import Parallel, delayed
 
-    parallel = Parallel(n_jobs=min(execution.jobs, len(pairs)), return_as="generator")
-    try:
-        yield from parallel(delayed(guarded)(work, item, name, *arguments) for item, name in pairs)
-    except TerminatedWorkerError as error:
-        raise ResourceError(
-            "a worker process died, most likely for lack of memory: run the same command again with --jobs 1 "
-            "(finished cases are kept)"
-        ) from error
+        parallel = Parallel(n_jobs=min(execution.jobs, len(pairs)), return_as="generator")
+        yield from enumerate(parallel(delayed(guarded)(work, item, name, *arguments) for item, name in pairs))
+        return
+    function = partial(_guarded_pair, work, tuple(arguments))
+    for number, result in in_workers(function, pairs, jobs=execution.jobs, verbose=execution.verbose):
+        if isinstance(result, Death):
+            result = CaseOutcome(pairs[number][1], FAILED, result.cause, ResourceError.exit_code)
+        yield number, result
+
+
+def _other_backend() -> bool:
+    """Whether the caller chose a joblib backend, such as dask, with ``joblib.parallel_config``."""
+    from joblib.parallel import get_active_backend
+
+    return type(get_active_backend()[0]).__name__ != "LokyBackend"
+
+
+def _guarded_pair(work: Work, arguments: tuple[Any, ...], pair: tuple[Any, str]) -> CaseOutcome:
+    item, name = pair
+    return guarded(work, item, name, *arguments)
 
 
 def guarded(work: Work, item: Any, name: str, *arguments: Any) -> CaseOutcome:

@@ -16,7 +16,7 @@ from lungseg.store.cases import Store
 from lungseg.store.verify import verify_store
 
 _PACKAGES = (
-    "torch", "numpy", "scipy", "scikit-learn", "scikit-image", "h5py", "SimpleITK", "typer", "rich", "tqdm",
+    "torch", "numpy", "scipy", "scikit-learn", "scikit-image", "h5py", "SimpleITK", "pydicom", "typer", "rich", "tqdm",
     "safetensors", "matplotlib", "joblib",
 )  # fmt: skip
 _OPTIONAL = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,25 @@ from lungseg.config.execution import Execution, resolve_device
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.fields import to_dict
 from lungseg.errors import InputError, MismatchError, StoreError
-from lungseg.radiomics.descriptor import DESCRIPTOR_VERSION, Standardisation, compute_descriptors, feature_names
+from lungseg.radiomics.descriptor import (
+    DESCRIPTOR_VERSION,
+    IBSI_CODES,
+    Standardisation,
+    compute_descriptors,
+    feature_names,
+)
 from lungseg.radiomics.glcm import Aggregation
+from lungseg.radiomics.picture import descriptor_figure_png
 from lungseg.radiomics.pyradiomics import compute_descriptors_pyradiomics
-from lungseg.scan.volume import AIR_HU
+from lungseg.scan.resample import resample_onto
+from lungseg.scan.volume import AIR_HU, Geometry
 from lungseg.stages.cohort import DONE, FAILED, SKIPPED, StageResult, limited_threads, run_cases
-from lungseg.store.atomic import read_json, write_json
+from lungseg.store.atomic import atomic_path, read_json, write_bytes, write_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.patches import grid_corners, mask_fractions, read_box
 from lungseg.store.schema import check_current, make_provenance, write_artefact
+from lungseg.tissue import OUTSIDE, Tissue
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +43,8 @@ BATCH_BYTES = 64 * 2**20
 """int16 windows gathered at once."""
 SAMPLED_VOXELS = 20_000_000
 """Voxels a case looked at for the standardisation of one window size, at most."""
+PICTURED_WINDOWS = 2000
+"""Windows of a case in the picture, at most."""
 
 
 def extract_radiomics(
@@ -43,6 +55,10 @@ def extract_radiomics(
     The standardisation (median and interquartile range of each feature, per window size) is taken over the cases
     whose split is ``train`` or not stated, equally many windows a case, and is what ``train-ddpm`` needs. Cases that
     failed are left out of it and named in a note; when the same command completes them later, it is made again.
+
+    With ``config.csv`` the descriptors of the complete cases are also written as ``radiomics.csv``, with
+    ``config.picture`` as ``radiomics.png``, both in the store. The picture is the only thing here that reads the
+    references; nothing else reads the picture.
 
     Raises
     ------
@@ -60,12 +76,19 @@ def extract_radiomics(
     )  # fmt: skip
     result = StageResult("extract-radiomics", store.path, outcomes)
     if execution.shard:
-        note = "standardisation.json is written by a run without --shard, when all shards are done"
+        others = [f"radiomics.{end}" for end, asked in (("csv", config.csv), ("png", config.picture)) if asked]
+        files = " and ".join(["standardisation.json", *others])
+        note = f"{files} {'are' if others else 'is'} written by a run without --shard, when all shards are done"
         return StageResult("extract-radiomics", store.path, outcomes, notes=(note,))
     failed = [outcome.case_id for outcome in outcomes if outcome.status == FAILED]
     if len(failed) == len(case_ids):
         return result
     notes = _standardise(store, case_ids, failed, config, device, execution)
+    complete = [outcome.case_id for outcome in outcomes if outcome.status in (DONE, SKIPPED)]
+    if config.csv:
+        notes += (_export_csv(store, complete, config),)
+    if config.picture:
+        notes += (_draw(store, complete, config),)
     return StageResult("extract-radiomics", store.path, outcomes, notes=notes)
 
 
@@ -80,6 +103,7 @@ def _extract_one(case_id: str, store: Store, config: RadiomicsConfig, device: st
             inputs={"volume.h5": volume.fingerprint},
             descriptor_version=DESCRIPTOR_VERSION,
             feature_names=list(feature_names(mcc=config.mcc)),
+            ibsi_codes={name: IBSI_CODES[name] for name in feature_names(mcc=config.mcc) if name in IBSI_CODES},
         )
         if store.is_done(path, "radiomics", wanted, overwrite=overwrite):
             return SKIPPED, ""
@@ -116,12 +140,71 @@ def _describe(
         patches = torch.from_numpy(hu).to(device, torch.float32)
         masks = torch.from_numpy(lung).to(device)
         median = torch.full((len(part),), float(lung_median_hu), device=device)
-        if config.backend == "pyradiomics":
-            values = compute_descriptors_pyradiomics(patches, masks, lung_median_hu=median, aggregation=aggregation)
-        else:
-            values = compute_descriptors(patches, masks, lung_median_hu=median, aggregation=aggregation, mcc=config.mcc)
+        compute = compute_descriptors_pyradiomics if config.backend == "pyradiomics" else compute_descriptors
+        values = compute(patches, masks, lung_median_hu=median, aggregation=aggregation, mcc=config.mcc)
         rows.append(values.cpu().numpy())
     return np.concatenate(rows)
+
+
+def _export_csv(store: Store, case_ids: Sequence[str], config: RadiomicsConfig) -> str:
+    """Write ``radiomics.csv``: case, corner of the window, features; returns a note for the user."""
+    path, rows = store.path / "radiomics.csv", 0
+    with (
+        lock(path.with_name("radiomics.csv.lock")),
+        atomic_path(path) as partial,
+        partial.open("w", encoding="utf-8", newline="") as stream,
+    ):
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["case_id", "corner_z", "corner_y", "corner_x", *feature_names(mcc=config.mcc)])
+        for case_id in case_ids:
+            with store.open(case_id, "radiomics") as radiomics:
+                corners, features = radiomics.read("corner"), radiomics.read("features")
+            for corner, row in zip(corners.tolist(), features, strict=True):
+                table.writerow([case_id, *corner, *(f"{value:.9g}" for value in row)])
+            rows += len(corners)
+    return f"{rows} windows of {len(case_ids)} cases are in {path.name}"
+
+
+def _draw(store: Store, case_ids: Sequence[str], config: RadiomicsConfig) -> str:
+    """Write ``radiomics.png`` from windows taken evenly from the cases; returns a note for the user."""
+    size = (config.window,) * 3
+    parts, tissues, with_reference = [], [], 0
+    for case_id in case_ids:
+        with store.open(case_id, "radiomics") as radiomics:
+            corners, features = radiomics.read("corner"), radiomics.read("features")
+        step = max(1, -(-len(corners) // PICTURED_WINDOWS))
+        corners, features = corners[::step], features[::step]
+        found = np.zeros(len(corners), dtype=np.uint8)
+        if store.case_file(case_id, "reference").exists():
+            with_reference += 1
+            with store.open(case_id, "reference") as reference, store.open(case_id, "volume") as volume:
+                # references are kept on the whole scan's grid, descriptors on that of the resampled lungs
+                grids = [Geometry.from_dict(artefact.provenance["grid"]) for artefact in (reference, volume)]
+                labels = resample_onto(reference.read("labels"), *grids, kind="mask", fill=OUTSIDE)
+                found = _window_tissues(labels, volume.read("mask"), corners, size)
+        parts.append(features)
+        tissues.append(found)
+    described = np.concatenate(parts)
+    if np.count_nonzero(np.isfinite(described).all(1)) < 3:
+        return "radiomics.png is not written: fewer than three windows have a descriptor"
+    picture = descriptor_figure_png(
+        described,
+        feature_names(mcc=config.mcc),
+        title=f"Radiomic descriptor, windows of {config.window} voxels, {len(case_ids)} cases ({config.backend})",
+        tissues=np.concatenate(tissues) if with_reference else None,
+    )
+    with lock(store.path / "radiomics.png.lock"):
+        write_bytes(store.path / "radiomics.png", picture)
+    return f"radiomics.png shows {len(described)} windows; {with_reference} of {len(case_ids)} cases have a reference"
+
+
+def _window_tissues(labels: np.ndarray, mask: np.ndarray, corners: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Tissue that fills more than half of the lung of each window, 0 where none does; uint8 (N,)."""
+    lung = mask_fractions(mask, corners, size)
+    result = np.zeros(len(corners), dtype=np.uint8)
+    for tissue in Tissue:
+        result[mask_fractions((labels == tissue) & (mask > 0), corners, size) > 0.5 * lung] = tissue
+    return result
 
 
 def _standardise(
@@ -139,7 +222,7 @@ def _standardise(
         training = list(found.fingerprints)
         left_out = sorted({*failed, *found.unreadable})
         notes = (f"standardisation.json leaves out {', '.join(left_out)}",) if left_out else ()
-        settings = {k: v for k, v in to_dict(config).items() if k not in ("window", "stride")}
+        settings = {k: v for k, v in to_dict(config).items() if k not in ("window", "stride", "csv", "picture")}
         settings["descriptor_version"] = DESCRIPTOR_VERSION
         wanted = make_provenance("extract-radiomics", settings, inputs=found.fingerprints, left_out=left_out)
         if path.exists() and not execution.overwrite:

@@ -15,7 +15,7 @@ from lungseg.config.fields import to_dict
 from lungseg.config.refine import RefineConfig
 from lungseg.errors import InputError
 from lungseg.report.overlays import preview_figure_png
-from lungseg.report.quantify import REGIONS, QuantityRow, quantification_csv, quantify
+from lungseg.report.quantify import REGIONS, TRUNCATED, QuantityRow, quantification_csv, quantify
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry
 from lungseg.segmentation.compatibility import check_hu_compatibility
@@ -29,6 +29,9 @@ from lungseg.store.locks import lock
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import make_provenance, write_artefact
 from lungseg.tissue import MIXTURE_TISSUES, OUTSIDE, tissue_by_name
+
+EXPORT_SETTINGS = ("lower_bounds",)
+"""Settings that change what is exported, not the label maps."""
 
 
 def refine(
@@ -87,7 +90,8 @@ def _refine_one(case_id: str, store: Store, config: RefineConfig, overwrite: boo
     ):
         clusters.require_input("volume.h5", volume.fingerprint)
         inputs = {"volume.h5": volume.fingerprint, f"clusters.{config.name}.h5": clusters.fingerprint}
-        wanted = make_provenance("refine", to_dict(config), inputs=inputs)
+        settings = {name: value for name, value in to_dict(config).items() if name not in EXPORT_SETTINGS}
+        wanted = make_provenance("refine", settings, inputs=inputs)
         if store.is_done(path, "labels", wanted, overwrite=overwrite):
             return SKIPPED, ""
         labels, confidence = _labels(volume, clusters, config)
@@ -195,17 +199,26 @@ def _export_one(case_id: str, store: Store, config: RefineConfig, folder: Path) 
             title=case_id,
         )
         write_bytes(folder / f"{case_id}.png", picture)
-        return DONE, "", _quantify_case(volume, labels, moved, lungs, image)
+        return DONE, "", _quantify_case(volume, config, labels, moved, lungs, image)
 
 
 def _quantify_case(
-    volume: Artefact, labels: np.ndarray, moved: np.ndarray, lungs: np.ndarray | None, image: np.ndarray | None
+    volume: Artefact,
+    config: RefineConfig,
+    labels: np.ndarray,
+    moved: np.ndarray,
+    lungs: np.ndarray | None,
+    image: np.ndarray | None,
 ) -> list[QuantityRow]:
     """Numbers on the source grid; without it densities stay blank and volumes come from the working grid."""
     facts: dict[str, Any] = volume.provenance
-    truncated = REGIONS if any(text.startswith("truncated") for text in facts["warnings"]) else ()
+    # which lung is cut is not known
+    cut: dict[str, Any] = {
+        "truncated": REGIONS if TRUNCATED in facts.get("status", ()) else (),
+        "lower_bounds": config.lower_bounds,
+    }
     if lungs is None:
         grid = Geometry.from_dict(facts["grid"])
-        return quantify(labels, volume.read("mask"), None, voxel_ml=grid.voxel_ml, truncated=truncated)
+        return quantify(labels, volume.read("mask"), None, voxel_ml=grid.voxel_ml, **cut)
     source = Geometry.from_dict(facts["source"]["grid"])
-    return quantify(moved, lungs, image, voxel_ml=source.voxel_ml, truncated=truncated)
+    return quantify(moved, lungs, image, voxel_ml=source.voxel_ml, **cut)

@@ -47,6 +47,7 @@ def run(
     model: Path | None = None,
     manifest: Path | None = None,
     id_map: Path | None = None,
+    series: Sequence[str] = (),
     train: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
@@ -67,7 +68,7 @@ def run(
     plan = plan_run(config, model=Path(model) if model else None)
     store_path, bundle = output / "store", output / "bundle.safetensors"
     prepared = preprocess(
-        scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, execution=execution
+        scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, series=series, execution=execution
     )  # fmt: skip
     if not prepared.complete():
         return prepared

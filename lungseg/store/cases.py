@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -39,7 +40,7 @@ def check_name(name: str) -> str:
     """
     reserved = name.split(".")[0].lower() in _RESERVED or name.endswith((".", PARTIAL))
     if len(name) > MAX_NAME or not _SAFE.fullmatch(name) or reserved:
-        raise InputError(f"'{name}' cannot be a name: use letters, digits, '.', '_' and '-', at most {MAX_NAME}")
+        raise InputError(f"{name!r:.80} cannot be a name: use letters, digits, '.', '_' and '-', at most {MAX_NAME}")
     return name
 
 
@@ -196,11 +197,11 @@ class Store:
     def case_file(self, case_id: str, kind: str, name: str = "") -> Path:
         """Path of a case's artefact: ``cases/<id>/<kind>[.<name>].h5``."""
         file = f"{kind}.{check_name(name)}.h5" if name else f"{kind}.h5"
-        return self.path / "cases" / check_name(case_id) / file
+        return self._inside(self.path / "cases" / check_name(case_id)) / file
 
     def lock_file(self, case_id: str, stage: str) -> Path:
         """Path of the lock of one case and stage."""
-        return self.path / "cases" / check_name(case_id) / f".{stage}.lock"
+        return self._inside(self.path / "cases" / check_name(case_id)) / f".{stage}.lock"
 
     def open(self, case_id: str, kind: str, name: str = "") -> Artefact:
         """An opened and checked artefact of a case."""
@@ -208,7 +209,14 @@ class Store:
 
     def fit_dir(self, name: str) -> Path:
         """Folder of a fitted clustering."""
-        return self.path / "fits" / check_name(name)
+        return self._inside(self.path / "fits" / check_name(name))
+
+    def _inside(self, folder: Path) -> Path:
+        """``folder`` if it lies in the store when links are followed; ``StoreError`` otherwise. RELIABILITY 4.3."""
+        root = os.path.realpath(self.path)
+        if os.path.commonpath([root, os.path.realpath(folder)]) != root:
+            raise StoreError(f"{folder} is a link that leads out of the store: put the folder itself there")
+        return folder
 
     def is_done(self, path: Path, kind: str, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:
         """Whether ``path`` holds the wanted result; with ``overwrite`` a different or damaged one counts as not done.

@@ -104,6 +104,28 @@ def write_artefact(
     ----------
     path : Path
         Final name; nothing is there until the file is complete.
+    kind, datasets, provenance, attributes
+        See :func:`artefact_bytes`.
+    """
+    image, mark = artefact_bytes(kind, datasets, provenance=provenance, attributes=attributes)
+    with atomic_path(path) as partial:
+        partial.write_bytes(image)
+    return mark
+
+
+def artefact_bytes(
+    kind: str,
+    datasets: Mapping[str, np.ndarray],
+    *,
+    provenance: Mapping[str, Any],
+    attributes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[bytes, str]:
+    """The HDF5 file of one artefact in memory (compressed), and its fingerprint.
+
+    Made in memory and written by Python: HDF5 crashes the process when the disk is full under it.
+
+    Parameters
+    ----------
     kind : str
         Key of ``SCHEMA``; dtypes and ranks are checked against it.
     datasets : mapping of str to array
@@ -124,10 +146,7 @@ def write_artefact(
             raise ValueError(f"{kind}/{name}: {array.dtype} rank {array.ndim}, schema says {specs[name]}")
     mark = fingerprint(kind, provenance, datasets)
     header = {"kind": kind, "provenance": canonical_json(provenance), "fingerprint": mark}
-    # Made in memory (compressed) and written by Python: HDF5 crashes the process when the disk is full under it.
-    with atomic_path(path) as partial:
-        partial.write_bytes(_file_image(header, datasets, attributes or {}))
-    return mark
+    return _file_image(header, datasets, attributes or {}), mark
 
 
 def _file_image(
@@ -140,6 +159,8 @@ def _file_image(
             # of fixed length: HDF5 keeps others in a heap without checksum, and can loop for ever in a damaged one
             data = text.encode()
             file.attrs.create(key, data, dtype=h5py.string_dtype("utf-8", len(data)))
+        for group in sorted({name.rpartition("/")[0] for name in datasets} - {""}):
+            _make_group(file, group)
         written: dict[int, str] = {}
         for name in sorted(datasets):
             array = datasets[name]
@@ -154,6 +175,13 @@ def _file_image(
         file.flush()
         image: bytes = file.id.get_file_image()
     return image
+
+
+def _make_group(file: h5py.File, name: str) -> None:
+    """Without the time it was made at, which HDF5 keeps of a group that comes to be with a link below it."""
+    properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    properties.set_obj_track_times(False)
+    h5py.h5g.create(file.id, name.encode(), gcpl=properties)
 
 
 def _write_dataset(file: h5py.File, name: str, array: np.ndarray) -> None:

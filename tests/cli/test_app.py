@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -210,6 +211,41 @@ def test_signals_stop_the_run_not_only_the_case(number: int, code: int) -> None:
     assert out == ""  # the second case never began
     assert "run the same command again to resume" in err
     assert "Traceback" not in err
+
+
+ISOLATED = SLOW_STAGE.replace("execution=execution)", "execution=execution, isolate=True)")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_the_run_while_a_worker_is_at_it(number: int, code: int) -> None:
+    """Sent to every process of the group, as a terminal sends Ctrl-C and a batch system its end of time."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ISOLATED, "info", "x"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert out == ""
+    assert err.strip() in (
+        "error: terminated; run the same command again to resume",
+        "error: interrupted; run the same command again to resume",
+    )
+
+
+def test_a_document_is_all_that_is_printed(stage: Any) -> None:
+    stage(lambda: StageResult("check", Path(), outcomes(), notes=("a note",), document={"a": ["ä", None]}, verdict=8))
+    for flags in ((), ("-q",), ("-v",)):
+        result = call("info", "x", *flags)
+        assert (result.exit_code, json.loads(result.stdout)) == (8, {"a": ["ä", None]})
+        assert result.stdout.isascii()
+
+
+def test_what_numbers_depend_on_is_told_beside_the_status(stage: Any) -> None:
+    stage(lambda: StageResult("preprocess", Path(), (CaseOutcome("a", "done", flags=("truncated", "clipped")),)))
+    assert "done, truncated, clipped" in call("info", "x").stdout
 
 
 @pytest.fixture(scope="module")

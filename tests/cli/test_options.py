@@ -37,7 +37,7 @@ def paths_of(command: Command) -> list[str]:
     """Something for each required path."""
     arguments = []
     for path in command.paths:
-        if path.required or path.many:
+        if path.required or path.many or (command.check and path.name == "output"):
             arguments += [path.flags[0], "somewhere"] if path.flags else ["somewhere"]
     return arguments
 
@@ -98,6 +98,19 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_preprocess_that_let_more_scans_in() -> None:
+    arguments = ["--allow-gaps", "3", "--correct-tilt", "--nan-to-air", "--volume", "1", "--resample-masks",
+                 "--assume-hu", "--spacing", "2"]  # fmt: skip
+    config = json.loads(call("preprocess", "a", "-o", "x", *arguments, "--dry-run").stdout)["config"]
+    assert (config["allow_gaps"], config["volume"], config["spacing_mm"]) == (3, 1, 2.0)
+    switches = ("correct_tilt", "nan_to_air", "resample_masks", "assume_hu", "source")
+    assert all(config[name] for name in switches)
+    off = [f"--no-{name.replace('_', '-')}" for name in switches]
+    config = json.loads(call("preprocess", "a", "-o", "x", *off, "--volume", "none", "--dry-run").stdout)["config"]
+    assert not any(config[name] for name in switches)
+    assert config["volume"] is None
+
+
 def test_dry_run_shows_what_was_typed() -> None:
     result = call(
         "train-ddpm", "cohort", "-o", "run", "--patch-size", "16,32,32", "--no-flips", "--learning-rate", "1e-3",
@@ -111,7 +124,13 @@ def test_dry_run_shows_what_was_typed() -> None:
     plan = json.loads(call("phantom", "-o", "x", "-n", "4", "--dry-run").stdout)
     assert plan["config"]["num"] == 4
     plan = json.loads(call("preprocess", "a", "b", "-o", "x", "--dry-run").stdout)
-    assert plan["paths"] == {"scans": ["a", "b"], "output": "x", "manifest": None, "id_map": None}
+    switches = dict.fromkeys(("list_scans", "check", "as_json"), False)
+    assert plan["paths"] == {
+        "scans": ["a", "b"], "output": "x", "manifest": None, "id_map": None, "series": [], **switches
+    }  # fmt: skip
+    plan = json.loads(call("preprocess", "a", "--check", "--series", "k1,k2", "--series", "k3", "--dry-run").stdout)
+    assert plan["paths"]["series"] == ["k1,k2", "k3"]
+    assert plan["paths"]["check"] is True
     plan = json.loads(call("cluster", "s", "--model", "m", "--fit-only", "--pca", "none", "--dry-run").stdout)
     assert plan["paths"] == {"store": "s", "model": "m", "fit": None, "bundle": None, "fit_only": True}
     assert plan["config"]["pca"] is None
@@ -149,7 +168,16 @@ def test_run_hands_preset_and_file_to_its_stages(tmp_path: Path) -> None:
         (["refin", "s"], ["refin"]),
         (["refine"], ["STORE"]),
         (["refine", "s", "more"], ["more"]),
-        (["preprocess", "a"], ["--output"]),
+        (["preprocess", "a"], ["missing option '--output' / '-o'"]),
+        (["preprocess", "a", "--dry-run"], ["--output"]),
+        (["preprocess", "a", "--list", "--check"], ["--list and --check exclude each other"]),
+        (["preprocess", "a", "-o", "x", "--json"], ["--json goes with --list or --check"]),
+        (["preprocess", "a", "--check", "--id-map", "x"], ["--id-map is written by a real run"]),
+        (["preprocess", "a", "--list", "--series", "k", "--manifest", "m"], ["--series and --manifest exclude"]),
+        (
+            ["preprocess", "--list", "--check", "--id-map", "x", "--series", "k", "--manifest", "m"],
+            ["--list and --check", "--id-map is", "--series and --manifest"],
+        ),
         (["refine", "s", "--fusion", "sobl"], ["'sobl' is not one of sobel, none; did you mean 'sobel'?"]),
         (["refine", "s", "--jobs", "0"], ["--jobs: 0 is below the minimum of 1"]),
         (["refine", "s", "--jobs", "many"], ["--jobs: 'many' is not a whole number"]),

@@ -111,9 +111,9 @@ def test_chunks_follow_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     original = descriptor.lbp.lbp_features
 
-    def spy(patches: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    def spy(patches: torch.Tensor, masks: torch.Tensor, **options: bool) -> torch.Tensor:
         sizes.append(len(patches))
-        return original(patches, masks)
+        return original(patches, masks, **options)
 
     monkeypatch.setattr(descriptor.lbp, "lbp_features", spy)
     patches, masks, median = _batch(12)

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 
 from lungseg.errors import InputError
-from lungseg.radiomics.first_order import NAMES, check_patches, first_order_features
+from lungseg.radiomics.first_order import NAMES, first_order_features
+from lungseg.radiomics.windows import check_patches
 
 
 def _patches(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

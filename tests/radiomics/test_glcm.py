@@ -16,6 +16,7 @@ from lungseg.radiomics.glcm import (
     NAMES,
     NUM_LEVELS,
     Aggregation,
+    count_pairs,
     glcm_features,
     glcm_features_of_levels,
     grey_levels,
@@ -286,6 +287,21 @@ def test_unknown_aggregation_is_refused() -> None:
     patch, mask = _patch("tiny")
     with pytest.raises(InputError, match="aggregation"):
         glcm_features(patch, mask, aggregation="max")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_direction", [True, False])
+def test_counts_on_cuda_are_exact(per_direction: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 31, (20, 13, 12, 11), generator=generator).to(torch.int16)  # 30 marks excluded voxels
+    owners = torch.arange(20)[:, None, None, None]
+    on_cpu, on_cuda = (
+        count_pairs(
+            levels.to(place), levels.to(place), owners.to(place), 20, size=30, per_direction=per_direction
+        ).cpu()
+        for place in ("cpu", "cuda")
+    )
+    assert torch.equal(on_cpu, on_cuda)
 
 
 def test_thirteen_directions() -> None:

@@ -27,11 +27,12 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return patches, masks, torch.full((8,), -850.0)
 
 
-@pytest.mark.parametrize("aggregation", ["merged", "mean"])
+@pytest.mark.parametrize(("aggregation", "mcc"), [("merged", True), ("mean", True), ("merged", False)])
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_backends_agree(
-    aggregation: Aggregation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    aggregation: Aggregation, mcc: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Column for column: with ``mcc=False`` the last GLCM column is the dissimilarity in both."""
     their_glcm = pytest.importorskip("radiomics.glcm")
     patches, masks, median = _batch()
     calls: list[str] = []
@@ -42,8 +43,8 @@ def test_backends_agree(
         return original(self)
 
     monkeypatch.setattr(their_glcm.RadiomicsGLCM, "execute", spy)
-    theirs = compute_descriptors_pyradiomics(patches, masks, lung_median_hu=median, aggregation=aggregation)
-    ours = compute_descriptors(patches, masks, lung_median_hu=median, aggregation=aggregation)
+    theirs = compute_descriptors_pyradiomics(patches, masks, lung_median_hu=median, aggregation=aggregation, mcc=mcc)
+    ours = compute_descriptors(patches, masks, lung_median_hu=median, aggregation=aggregation, mcc=mcc)
     assert calls.count("RadiomicsGLCM") == 6  # every valid patch with a pair was really given to pyradiomics
     assert not caplog.records  # pyradiomics logs what fails inside it and goes on
     assert theirs.isnan().all(1).tolist() == [row == 5 for row in range(8)]
@@ -57,7 +58,7 @@ def test_texture_outside_pyradiomics_is_ours() -> None:
     ours = compute_descriptors(patches, masks, lung_median_hu=median)
     columns = slice(FAMILIES["lbp"].start, FAMILIES["gabor"].stop)
     torch.testing.assert_close(theirs[:, columns], ours[:, columns], rtol=0, atol=0, equal_nan=True)
-    assert set(GLCM_FEATURES) == set(FEATURE_NAMES[FAMILIES["glcm"]])
+    assert set(GLCM_FEATURES) == {*FEATURE_NAMES[FAMILIES["glcm"]], "glcm_dissimilarity"}
 
 
 def test_missing_pyradiomics_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

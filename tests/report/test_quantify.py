@@ -114,6 +114,22 @@ def test_a_number_that_cannot_be_had_is_blank_with_its_reason():
     assert status == {"whole": {"truncated"}, "left": {"truncated"}, "right": {"ok"}}
 
 
+def test_row_22_volumes_of_a_cut_lung_are_lower_bounds_on_request():
+    labels, lungs, hu = small()
+    whole = {(r.region, r.metric): r for r in quantify(labels, lungs, hu, voxel_ml=1.0)}
+    cut = quantify(labels, lungs, hu, voxel_ml=1.0, truncated=("left",), lower_bounds=True)
+    for row in cut:
+        usual = whole[row.region, row.metric]
+        if row.region == "right" or row.metric == "labelled_outside_lung_ml":
+            assert row == usual
+        elif row.unit == "ml":
+            assert (row.value, row.status) == (usual.value, "lower bound")
+        else:
+            assert (row.value, row.status) == (None, "truncated")
+    blank = quantify(labels, np.zeros_like(lungs), hu, voxel_ml=1.0, truncated=("left",), lower_bounds=True)
+    assert {r.status for r in blank if r.region == "left"} == {"truncated"}
+
+
 def test_the_rows_are_the_same_for_every_scan():
     labels, lungs, hu = small()
     full = [(r.region, r.metric, r.unit) for r in quantify(labels, lungs, hu, voxel_ml=1.0)]

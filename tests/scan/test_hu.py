@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from lungseg.errors import InputError, ResourceError
-from lungseg.scan.hu import allocate, check_hu, clip_notes, to_hu
+from lungseg.scan.hu import HuTally, allocate, check_hu, clip_notes, clip_status, to_hu
+from lungseg.scan.volume import STATUS_WORDS
+
+
+def tallied(values: np.ndarray) -> HuTally:
+    tally, out = HuTally(), np.empty(values.shape, np.int16)
+    for plane, target in zip(values, out, strict=True):
+        to_hu(plane, target, tally)
+    return tally
+
+
+def checked(values: np.ndarray) -> tuple[str, ...]:
+    return check_hu(values.clip(-1024, 32767).astype(np.int16), tallied(values))
 
 
 def chest(seed: int = 0) -> np.ndarray:
@@ -40,10 +52,10 @@ def test_padding_is_counted_and_fractions_are_rounded() -> None:
 
 
 def test_a_chest_passes_without_notes() -> None:
-    assert check_hu(chest()) == ()
+    assert checked(chest()) == ()
     padded = chest()
     padded[:, :8] = -1024
-    assert check_hu(padded) == ()
+    assert checked(padded) == ()
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -53,12 +65,12 @@ def test_missing_intercept_is_named(offset: int, padding: bool) -> None:
     if padding:
         shifted[:, :8] = -1024
     with pytest.raises(InputError, match=r"shifted by \+1024"):
-        check_hu(shifted)
+        checked(shifted)
 
 
 def test_intercept_applied_twice_is_named() -> None:
     with pytest.raises(InputError, match="shifted by -1024"):
-        check_hu((chest() - np.int16(1024)).clip(-1024))
+        checked(chest() - np.int16(1024))
 
 
 @pytest.mark.parametrize(
@@ -73,16 +85,16 @@ def test_intercept_applied_twice_is_named() -> None:
 )
 def test_values_that_are_not_hu_are_refused(array: np.ndarray) -> None:
     with pytest.raises(InputError, match="not HU"):
-        check_hu(array)
+        checked(array)
 
 
 def test_nothing_but_padding_is_refused() -> None:
     with pytest.raises(InputError, match="no image"):
-        check_hu(np.full((4, 4, 4), -1024, np.int16))
+        checked(np.full((4, 4, 4), -1024, np.int16))
 
 
 def test_clipping_at_the_source_is_noted() -> None:
-    (note,) = check_hu(chest().clip(-1000))
+    (note,) = checked(chest().clip(-1000))
     assert "exactly -1000 HU" in note
     assert "clipped at the source" in note
 
@@ -91,3 +103,40 @@ def test_absurd_sizes_are_refused_before_allocation() -> None:
     with pytest.raises(ResourceError, match="30000 x 30000 x 30000"):
         allocate((30000, 30000, 30000), np.int16, name="bomb.nii")
     assert allocate((2, 3, 4), np.uint16, name="x").shape == (2, 3, 4)
+
+
+def test_a_tally_holds_the_values_before_they_are_clipped() -> None:
+    values = np.array([[[-3024.0, -1024.4, 0.6, 40000.0]], [[np.float64(2**40), -(2.0**40), 1.0, 1.0]]])
+    tally = tallied(values)
+    assert (tally.minimum, tally.maximum) == (-(2.0**40), 2.0**40)
+    assert {int(v) - 32768: int(tally.counts[v]) for v in np.flatnonzero(tally.counts)} == {
+        -32768: 1, -3024: 1, -1024: 1, 1: 3, 32767: 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [-3024, -2048, -2000, -1500, -1025])
+def test_row_15_padding_is_not_clipped_tissue(padding: int) -> None:
+    values = chest().astype(np.int32)
+    values[:, :12] = padding
+    assert clip_status(tallied(values)) == ((), ())
+
+
+def test_row_15_two_paddings_and_noise_of_air_are_no_loss() -> None:
+    values = chest().astype(np.int32)
+    values[:, :6], values[:, 6:10] = -3024, -2048
+    values[:, 10:20] = np.random.default_rng(0).normal(-1010, 40, (20, 10, 40))
+    assert clip_status(tallied(values)) == ((), ())
+
+
+@pytest.mark.parametrize(("share", "is_clipped"), [(0.02, False), (0.03, False), (0.06, True), (0.2, True)])
+@pytest.mark.parametrize("where", [-2600, 60000], ids=["low", "high"])
+def test_row_15_more_than_four_percent_lost_is_flagged(share: float, is_clipped: bool, where: int) -> None:
+    values = chest().astype(np.int32)
+    values[:, :8] = -2000  # padding does not count
+    lost = np.random.default_rng(0).random(values.shape) < share
+    lost[:, :8] = False
+    values[lost] = where + np.random.default_rng(1).integers(-150, 150, values.shape)[lost]
+    notes, status = clip_status(tallied(values))
+    assert status == (("clipped",) if is_clipped else ())
+    assert len(notes) == is_clipped
+    assert set(status) <= set(STATUS_WORDS)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from lungseg.errors import InputError
 from lungseg.scan.phantom import DISEASES, Phantom, PhantomSpec, block_mean, make_phantom
-from lungseg.scan.phantom_noise import ct_noise, smooth_noise
+from lungseg.scan.phantom_noise import smooth_noise
 from lungseg.scan.phantom_tubes import Tubes, companions, draw_tubes, grow_tree
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT, Tissue
 
@@ -218,11 +218,58 @@ def test_other_spacings_show_the_same_lungs(spacing: tuple[float, float, float])
         ({"extent_mm": (50.0, 190.0, 240.0)}, "field of view"),
         ({"spacing_mm": (0.0, 1.0, 1.0)}, "spacing"),
         ({"noise_hu": -1.0}, "negative"),
+        ({"psf_mm": float("nan")}, "negative"),
+        ({"kernel": "bone"}, "kernel is one of soft, standard, sharp"),
+        ({"dose": "none"}, "dose is one of low, standard, high"),
+        ({"slice_thickness_mm": 0.0}, "slice thickness"),
+        ({"variants": ("upside-down",)}, "variants"),
+        ({"variants": ("circle", "circle")}, "variants"),
+        ({"variants": ("equal-hu",), "severity": "mild", "diseases": ("ggo",)}, "equal-hu needs"),
+        ({"variants": ("large-consolidation",), "severity": "mild", "diseases": ("ggo",)}, "large-consolidation needs"),
     ],
 )
 def test_impossible_specifications_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
         PhantomSpec(**fields)  # type: ignore[arg-type]
+
+
+def test_kernel_dose_and_noise_change_nothing_but_the_picture() -> None:
+    spec = PhantomSpec(extent_mm=SMALL, severity="mild", diseases=("ggo",))
+    first = make_phantom(spec, seed=9)
+    other = make_phantom(replace(spec, kernel="sharp", dose="low", noise_hu=10.0, psf_mm=0.4), seed=9)
+    np.testing.assert_array_equal(first.labels, other.labels)
+    np.testing.assert_array_equal(first.lungs, other.lungs)
+    assert (first.volume_hu != other.volume_hu).mean() > 0.9
+
+
+def test_sharp_kernels_and_low_doses_are_noisier() -> None:
+    spec = PhantomSpec(extent_mm=SMALL)
+    clean = {
+        kernel: make_phantom(replace(spec, kernel=kernel, noise_hu=0.0), seed=4).volume_hu.astype(float)
+        for kernel in ("soft", "standard", "sharp")
+    }
+
+    def noise(kernel: str = "standard", dose: str = "standard") -> float:
+        noisy = make_phantom(replace(spec, kernel=kernel, dose=dose), seed=4).volume_hu
+        inside = (clean[kernel] > -900) & (clean["soft"] > -900)  # away from the cut at -1024
+        return float((noisy - clean[kernel])[inside].std())
+
+    standard = noise()
+    assert noise(dose="low") == pytest.approx(2.0 * standard, rel=0.05)
+    assert noise(dose="high") == pytest.approx(standard / np.sqrt(2.5), rel=0.05)
+    assert noise(kernel="soft") < 0.7 * standard
+    assert noise(kernel="sharp") > 1.7 * standard
+
+
+def test_thick_slices_are_smoother_and_less_noisy() -> None:
+    spec = PhantomSpec(extent_mm=SMALL, noise_hu=0.0)
+    thin, thick = (
+        make_phantom(replace(spec, slice_thickness_mm=mm), seed=4).volume_hu.astype(float) for mm in (2.0, 6.0)
+    )
+    assert thin.shape == thick.shape
+    assert np.abs(np.diff(thick, axis=0)).mean() < 0.8 * np.abs(np.diff(thin, axis=0)).mean()
+    loud = make_phantom(replace(spec, slice_thickness_mm=6.0, noise_hu=40.0), seed=4).volume_hu - thick
+    assert loud[15:25, 45:75, 50:90].std() == pytest.approx(40.0 / np.sqrt(3.0), rel=0.25)
 
 
 def test_block_mean_by_hand() -> None:
@@ -239,10 +286,6 @@ def test_smooth_noise_is_standardised_and_smooth() -> None:
     assert field.mean() == pytest.approx(0.0, abs=0.1)
     assert field.std() == pytest.approx(1.0, abs=0.08)
     assert np.abs(np.diff(field, axis=0)).mean() < 0.4
-
-
-def test_ct_noise_is_standardised() -> None:
-    assert ct_noise((10, 40, 40), (2.0, 0.7, 0.7), rng=np.random.default_rng(0)).std() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_tree_reaches_every_target_and_follows_murray() -> None:

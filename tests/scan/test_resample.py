@@ -9,6 +9,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from skimage.transform import resize
 
@@ -87,6 +88,87 @@ def test_centroid_in_mm_is_kept(spacing: tuple[float, float, float], degrees: tu
     assert np.linalg.norm(centroid(out, target) - centre) < 0.1 * min(spacing)
     mass = out.sum(dtype=float) * target.voxel_ml / (array.sum(dtype=float) * source.voxel_ml)
     assert mass == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("spacing", [(3.2, 1.1, 1.9), (5.0, 2.4, 0.7), (2.5, 0.8, 2.1)])
+@pytest.mark.parametrize("degrees", [(0.0, 0.0, 0.0), (25.0, -12.0, 80.0)], ids=["axial", "oblique"])
+def test_coarser_spacing_equals_simpleitk_after_the_same_gaussian(spacing, degrees) -> None:
+    """sigma = (factor - 1) / 2 old voxels on each axis that gets coarser, none on the others; then ITK's linear."""
+    source = rotated(GRID, degrees)
+    array = noise(GRID.shape)
+    out, target = resample_to_spacing(array, source, spacing, kind="ct")
+    smooth = array.astype(np.float64)
+    for axis, (new, old) in enumerate(zip(spacing, GRID.spacing_mm, strict=True)):
+        if new > old:
+            smooth = ndimage.gaussian_filter1d(smooth, (new / old - 1) / 2, axis=axis, mode="nearest", truncate=4.0)
+    reference = to_itk(np.zeros(target.shape, np.float32), target)
+    image = to_itk(smooth, source)
+    expected = sitk.GetArrayFromImage(sitk.Resample(image, reference, sitk.Transform(), sitk.sitkLinear, -3000.0))
+    inside = expected > -2999
+    assert inside.mean() > 0.8
+    assert np.abs(out - expected)[inside].max() <= 0.51
+
+
+SPHERES_MM = (((18.0, 21.0, 17.0), 9.0), ((40.0, 44.0, 20.0), 7.0), ((31.0, 20.0, 45.0), 8.0))
+"""Centre along the axes of the grid, and radius."""
+
+
+def spheres(geometry: Geometry, base: Geometry) -> tuple[np.ndarray, list[np.ndarray]]:
+    """int16 spheres of 50 HU in -850 HU, edges averaged over a voxel's width; centres in world mm."""
+    points = geometry.to_world(np.stack(np.meshgrid(*map(np.arange, geometry.shape), indexing="ij"), axis=-1))
+    hu, centres = np.full(geometry.shape, -850.0), []
+    for centre_mm, radius in SPHERES_MM:
+        centres.append(base.to_world(np.asarray(centre_mm) / base.spacing_mm))
+        depth = radius - np.linalg.norm(points - centres[-1], axis=-1)
+        hu += 900.0 * np.clip(depth / np.mean(geometry.spacing_mm) + 0.5, 0, 1)
+    return np.rint(hu).astype(np.int16), centres
+
+
+def sphere_centroids(hu: np.ndarray, geometry: Geometry, centres: list[np.ndarray]) -> list[np.ndarray]:
+    """Centroid in world mm of what is above -850 HU around each centre."""
+    points = geometry.to_world(np.stack(np.meshgrid(*map(np.arange, geometry.shape), indexing="ij"), axis=-1))
+    found = []
+    for centre, (_, radius) in zip(centres, SPHERES_MM, strict=True):
+        near = np.linalg.norm(points - centre, axis=-1) < radius + 4.0
+        found.append(np.average(points[near], axis=0, weights=np.clip(hu[near] + 850.0, 0, None)))
+    return found
+
+
+@pytest.mark.parametrize("degrees", [(0.0, 0.0, 0.0), (8.0, -5.0, 12.0), (-30.0, 25.0, 100.0)])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((0.9, 0.8, 0.8), (0.6, 0.6, 0.6)),
+        ((0.9, 0.8, 0.8), (1.3, 1.3, 1.3)),
+        ((2.5, 0.9, 0.9), (1.0, 1.0, 1.0)),
+        ((1.0, 0.8, 0.8), (2.9, 2.1, 1.7)),
+    ],
+)
+def test_analytic_spheres_keep_their_place_to_a_tenth_of_a_voxel(old, new, degrees) -> None:
+    shape = tuple(round(60.0 / s) for s in old)
+    source = rotated(Geometry(shape, old, (-310.0, 12.5, -40.25)), degrees)
+    hu, centres = spheres(source, source)
+    out, target = resample_to_spacing(hu, source, new, kind="ct")
+    for centre, found in zip(centres, sphere_centroids(out, target, centres), strict=True):
+        assert np.linalg.norm(found - centre) < 0.1 * min(new)
+    mask, _ = resample_to_spacing(hu > -400, source, new, kind="mask")
+    for centre, found in zip(centres, sphere_centroids(np.where(mask, 50, -850), target, centres), strict=True):
+        assert np.linalg.norm(found - centre) < 0.2 * max(*old, *new)  # whole voxels: cannot do better
+
+
+@pytest.mark.parametrize("degrees", [(8.0, -5.0, 12.0), (-30.0, 25.0, 100.0)])
+def test_analytic_spheres_on_an_oblique_grid(degrees) -> None:
+    source = Geometry((67, 75, 75), (0.9, 0.8, 0.8), (-310.0, 12.5, -40.25))
+    hu, centres = spheres(source, source)
+    wide = rotated(Geometry((110, 110, 110), (1.0, 1.0, 1.0)), degrees)
+    middle = source.to_world((33.0, 37.0, 37.0)) - wide.to_world((54.5, 54.5, 54.5))
+    target = Geometry(wide.shape, wide.spacing_mm, tuple(middle.tolist()), wide.direction)
+    out = resample_onto(hu, source, target, kind="ct", fill=-850)
+    for centre, found in zip(centres, sphere_centroids(out, target, centres), strict=True):
+        assert np.linalg.norm(found - centre) < 0.1
+    mask = resample_onto(hu > -400, source, target, kind="mask", fill=False)
+    for centre, found in zip(centres, sphere_centroids(np.where(mask, 50, -850), target, centres), strict=True):
+        assert np.linalg.norm(found - centre) < 0.1
 
 
 def test_antialiasing_removes_a_checkerboard() -> None:

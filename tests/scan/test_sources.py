@@ -106,6 +106,17 @@ def test_what_macos_and_killed_runs_leave_is_no_scan(tmp_path: Path) -> None:
     assert names(find_sources([tmp_path])) == ["a.nii.gz"]
 
 
+@pytest.mark.parametrize(("shape", "words"), [((5, 30, 30), "only 5 slices"), ((30, 30, 1), "only 1 slice covering")])
+def test_row_21_an_image_file_needs_the_extent_of_a_scan(
+    tmp_path: Path, shape: tuple[int, int, int], words: str
+) -> None:
+    path = tmp_path / "slab.nii.gz"
+    write_image(path, volume(grid=Geometry(shape, (5.0, 2.0, 2.0))).array, Geometry(shape, (5.0, 2.0, 2.0)))
+    (source,) = find_sources([path])
+    with pytest.raises(InputError, match=f"{words}.*at least 6 slices and 20 mm"):
+        source.read()
+
+
 def test_images_and_dicom_in_one_folder_are_both_found(tmp_path: Path) -> None:
     nifti(tmp_path / "a.nii.gz")
     dicom(tmp_path / "scan")
@@ -188,13 +199,24 @@ def test_row_23_linked_folder_is_searched(tmp_path: Path) -> None:
 
 
 def test_row_23_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def walk(path: Path, **options: object) -> object:
-        error = PermissionError(13, "Permission denied", str(path))
-        options["onerror"](error)  # type: ignore[operator]
+    """The others go on; the message has the reason of the system."""
+    nifti(tmp_path / "fine" / "a.nii.gz")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
 
-    monkeypatch.setattr(os, "walk", walk)
-    (source,) = find_sources([tmp_path])
-    assert "cannot be listed (Permission denied)" in source.problem
+    def scandir(path: Path) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    fine, closed = find_sources([tmp_path])
+    assert fine.problem == ""
+    assert closed.path == tmp_path / "closed"
+    assert "cannot be listed (errno 13: Permission denied)" in closed.problem
+    with pytest.raises(InputError) as caught:
+        closed.read()
+    assert caught.value.exit_code == 3
 
 
 def test_key_changes_with_the_files_of_a_series(tmp_path: Path) -> None:
@@ -290,7 +312,9 @@ def test_manifest_chooses_a_series(tmp_path: Path) -> None:
     chosen, unknown, best, absent = read_manifest(path)
     assert chosen.series is not None
     assert chosen.series.series_uid == uids["2"]
-    assert "holds no series 1.2.3" in unknown.problem
+    assert "line 3: " in unknown.problem
+    assert "series '1.2.3' was not found" in unknown.problem
+    assert all(key in unknown.problem for key in {one.series.key for one in best.candidates})
     assert best.series is not None
     assert best.series.series_uid == uids["1"]
     assert len(best.others) == 1
@@ -321,6 +345,9 @@ def test_manifest_row_that_names_several_scans(tmp_path: Path) -> None:
         ("path,inspiration\na.nii.gz,full\n", "line 2: inspiration 'full' is not one of inspiration, expiration"),
         ("path,case_id\na.nii.gz,x\na.nii.gz,x\n", "case_id x appears more than once"),
         ("path,case_id\na.nii.gz,b,c\n", "line 2: more values than columns"),
+        ("path,case_id\na\0.nii.gz,b\n", "line 2: holds a NUL character"),
+        ("path,case_id\na.nii.gz,Case\na.nii.gz,case\n", "case_id case appears more than once"),
+        (f"path\n{'x' * 300}.nii.gz\n", "cannot be reached .errno"),
     ],
 )
 def test_row_65_manifest_mistakes(tmp_path: Path, text: str, phrase: str) -> None:
@@ -328,7 +355,7 @@ def test_row_65_manifest_mistakes(tmp_path: Path, text: str, phrase: str) -> Non
     with pytest.raises(InputError, match=phrase) as caught:
         read_manifest(manifest(tmp_path, text))
     assert caught.value.exit_code == 3
-    assert "cases.csv" in str(caught.value)
+    assert "cases.csv" in str(caught.value) or "x.nii.gz" in str(caught.value)
 
 
 def test_manifest_that_cannot_be_read(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lungseg.stages.synthesize import synthesize
 from lungseg.stages.train_ddpm import train_ddpm
 
 QUIET = Execution(quiet=True)
-PHANTOM = PhantomConfig(num=2, first_seed=11, extent_mm=(100.0, 110.0, 130.0), spacing_mm=(2.5, 2.0, 2.0))
+PHANTOM = PhantomConfig(num=2, seed=11, extent_mm=(100.0, 110.0, 130.0), spacing_mm=(2.5, 2.0, 2.0))
 PREPROCESS = make_config(
     PreprocessConfig, preset="tiny", spacing_mm=2.0, patch_size=(16, 16, 16), patch_stride=(8, 8, 8), salt="test"
 )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from lungseg.config.execution import Execution
-from lungseg.errors import InputError, Interrupted, LockedError, LungsegError, PartialError, ResourceError, StoreError
+from lungseg.errors import InputError, Interrupted, LockedError, LungsegError, PartialError, StoreError
 from lungseg.stages import progress as progress_module
 from lungseg.stages.cohort import (
     BUSY,
@@ -43,8 +45,10 @@ def work(item: str, *arguments: str) -> CaseReturn:
     }
     if item in known:
         raise known[item]
-    if item == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if item.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[item])
+    if item.startswith("exit"):
+        os._exit(int(item.removeprefix("exit")))
     if item == "skip":
         return SKIPPED, ""
     if item == "missed":
@@ -117,11 +121,87 @@ def test_several_processes_give_the_same_outcomes_in_order() -> None:
     assert [(o.case_id, o.status, o.message, o.exit_code, o.value) for o in two.outcomes] == strip
 
 
+DEATHS = {
+    "SIGKILL": "was killed (SIGKILL), most likely for lack of memory: run it alone with --jobs 1, or at a coarser --sp",
+    "SIGSEGV": "a library crashed on this case (SIGSEGV): its file is probably damaged",
+    "SIGABRT": "a library crashed on this case (SIGABRT)",
+    "SIGTERM": "ended from outside (SIGTERM): run the same command again",
+    "exit3": "ended with exit code 3 and no result",
+    "exit0": "ended with exit code 0 and no result",
+}
+
+
 @pytest.mark.slow
-def test_row_55_killed_worker_is_explained() -> None:
-    with pytest.raises(ResourceError, match="lack of memory: run the same command again with --jobs 1") as caught:
-        run(["a", "killed", "b"], execution=Execution(quiet=True, jobs=2))
-    assert caught.value.exit_code == 5
+def test_row_55_dead_workers_fail_their_cases_with_the_cause(capfd: pytest.CaptureFixture[str]) -> None:
+    items = ["a", *DEATHS, "input", "b", "c"]
+    result = run(items, "x", execution=Execution(quiet=True, jobs=2))
+    assert [outcome.case_id for outcome in result.outcomes] == [f"case-{item}" for item in items]
+    found = {outcome.case_id.removeprefix("case-"): outcome for outcome in result.outcomes}
+    for item, phrase in DEATHS.items():
+        assert (found[item].status, found[item].exit_code) == (FAILED, 5)
+        assert phrase in found[item].message
+    assert [found[item].status for item in ("a", "b", "c")] == [DONE] * 3
+    assert (found["input"].exit_code, result.exit_code) == (3, 8)
+    said = capfd.readouterr().err
+    assert "Fatal Python error" not in said
+    assert "Warning" not in said
+
+
+@pytest.mark.slow
+def test_row_55_a_single_job_is_isolated_on_the_command_line_where_asked() -> None:
+    cli = Execution(quiet=True, interface="cli")
+    for items, codes in ((["SIGSEGV"], [5]), (["a", "SIGKILL", "b"], [0, 5, 0])):
+        outcomes = run_cases(work, items, names=items, title="t", execution=cli, isolate=True)
+        assert [outcome.exit_code for outcome in outcomes] == codes
+    here = [
+        run_cases(pid, ["a"], names=["a"], title="t", execution=e, isolate=i) for e, i in ((cli, False), (QUIET, True))
+    ]
+    assert [outcomes[0].value for outcomes in here] == [os.getpid()] * 2
+    assert run_cases(pid, ["a"], names=["a"], title="t", execution=cli, isolate=True)[0].value != os.getpid()
+
+
+def pid(item: str) -> CaseReturn:
+    return DONE, "", os.getpid()
+
+
+ORPHANS = """
+import os, sys, time
+from lungseg.config.execution import Execution
+from lungseg.stages.cohort import run_cases
+
+def work(item):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+    return "done", ""
+
+run_cases(work, [1, 2], names=["a", "b"], title="t", execution=Execution(quiet=True, jobs=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    workers = [process.stdout.readline().strip() for _ in range(2)]
+    process.send_signal(number)
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(Path("/proc", worker, "cmdline").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.stdout.close()
+
+
+def test_another_backend_of_joblib_is_used_if_it_was_chosen() -> None:
+    import joblib
+
+    with joblib.parallel_config(backend="threading"):
+        outcomes = run_cases(pid, ["a", "b"], names=["a", "b"], title="t", execution=Execution(quiet=True, jobs=2))
+    assert [outcome.value for outcome in outcomes] == [os.getpid()] * 2
 
 
 def test_log_tells_each_case(caplog: pytest.LogCaptureFixture) -> None:

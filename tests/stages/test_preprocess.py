@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scan_fixture import CONFIG, GRID, QUIET, body, chest, dicom, image, quick
 
-from lungseg.config import Execution, PreprocessConfig
+from lungseg.config import Execution
 from lungseg.errors import InputError, MismatchError, PartialError
-from lungseg.scan.dicom import write_dicom_series
 from lungseg.scan.nifti import write_image
-from lungseg.scan.volume import Geometry, Volume
+from lungseg.scan.volume import Geometry
 from lungseg.stages.cohort import StageResult
 from lungseg.stages.preprocess import preprocess
+from lungseg.stages.scan_list import list_scans
 from lungseg.store.cases import Store, hashed_id, read_id_map
 from lungseg.store.schema import make_provenance, write_artefact
 
-GRID = Geometry((24, 60, 60), (8.0, 5.0, 5.0))
-CONFIG = PreprocessConfig(spacing_mm=6.0, patch_size=(8, 8, 8), patch_stride=(8, 8, 8), salt="test")
-QUIET, OVERWRITE = Execution(quiet=True), Execution(quiet=True, overwrite=True)
-
-
-def chest(seed: int = 0) -> np.ndarray:
-    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in GRID.shape], indexing="ij")
-    hu = np.where(y**2 / 0.8 + x**2 < 0.9, 40.0, -1000.0)
-    for side in (-0.42, 0.42):
-        hu[(z / 0.8) ** 2 + (y / 0.6) ** 2 + ((x - side) / 0.32) ** 2 < 1] = -850
-    return np.rint(hu + np.random.default_rng(seed).normal(0, 15, hu.shape)).clip(-1024, 3000).astype(np.int16)
-
-
-def dicom(folder: Path, *, patient: str = "p", series: str = "s", study: str | None = None,
-          kernel: str = "B30f") -> Path:  # fmt: skip
-    write_dicom_series(
-        folder,
-        Volume(chest(), GRID),
-        patient_id=patient,
-        series_seed=series,
-        study_seed=study,
-        kernel=kernel,
-        compress=False,
-    )
-    return folder
+pytestmark = pytest.mark.usefixtures(quick.__name__)
+OVERWRITE = Execution(quiet=True, overwrite=True)
 
 
 def write_reference(folder: Path, value: int) -> None:
@@ -130,7 +109,7 @@ def test_a_reference_that_cannot_be_used_fails_its_case(scans: Path) -> None:
     write_image(scans / "reference.nii.gz", np.full(GRID.shape, 300, np.uint16), GRID)
     (outcome,) = made(scans, reference="reference.nii.gz").outcomes
     assert outcome.exit_code == InputError.exit_code
-    assert "labels above 255" in outcome.message
+    assert "300" in outcome.message
     assert not list((scans.parent / "store").rglob("*.h5"))
 
 
@@ -195,7 +174,7 @@ def test_row_62_output_inside_the_input(tmp_path: Path, output: str, listed: boo
 @pytest.mark.parametrize("output", ["thesis.tex", "thesis.tex/store", "scans/scan.nii.gz"])
 def test_row_62_output_that_is_a_file(scans: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (scans.parent / "thesis.tex").write_text("mine")
-    monkeypatch.setattr("lungseg.stages.preprocess.find_sources", lambda _: pytest.fail("scans were looked at"))
+    monkeypatch.setattr("lungseg.stages.preprocess.find_scans", lambda *_, **__: pytest.fail("scans were looked at"))
     with pytest.raises(InputError, match="is a file") as caught:
         preprocess([scans / "scan.nii.gz"], scans.parent / output, CONFIG, execution=QUIET)
     assert caught.value.exit_code == 3
@@ -259,3 +238,138 @@ def test_one_series_in_two_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the same series was given more than once") as caught:
         preprocess(None, tmp_path / "store", CONFIG, manifest=tmp_path / "cases.csv", execution=QUIET)
     assert str(folder) in str(caught.value)
+
+
+def status_of(store: Path, case_id: str) -> list[str]:
+    with Store(store).open(case_id, "volume") as volume:
+        status: list[str] = volume.provenance["status"]
+    return status
+
+
+@pytest.mark.parametrize(
+    ("array", "status", "phrase"),
+    [
+        (chest(), [], ""),
+        (body(), ["no-lung"], "no lung found"),
+        (chest(top=0.1), ["truncated"], "truncated: the lung is"),
+    ],
+    ids=["whole", "no-lung", "truncated"],
+)
+def test_row_20_22_no_lung_and_a_cut_lung_are_flagged(
+    tmp_path: Path, array: np.ndarray, status: list[str], phrase: str
+) -> None:
+    (outcome,) = preprocess([image(tmp_path / "scan.nii.gz", array)], tmp_path / "s", CONFIG, execution=QUIET).outcomes
+    assert outcome.status == "done"
+    assert list(outcome.flags) == status_of(tmp_path / "s", outcome.case_id) == status
+    assert phrase in outcome.message
+    assert bool(outcome.message) == bool(phrase)
+
+
+@pytest.mark.parametrize("fault", ["spacing", "shifted", "shape"])
+def test_row_33_reference_on_another_grid(scans: Path, fault: str) -> None:
+    """Refused with the option that moves it; with the option it is moved to the nearest voxel."""
+    labels_there = (chest() < -500).astype(np.uint8)
+    other = {
+        "spacing": (labels_there, Geometry(GRID.shape, (8.0, 5.0, 5.2))),
+        "shifted": (labels_there, Geometry(GRID.shape, GRID.spacing_mm, (0.0, 2.0, 0.0))),
+        "shape": (labels_there[:, ::2, ::2], Geometry((20, 25, 25), (8.0, 10.0, 10.0))),
+    }
+    write_image(scans / "reference.nii.gz", *other[fault])
+    (outcome,) = made(scans, reference="reference.nii.gz").outcomes
+    assert outcome.exit_code == InputError.exit_code
+    assert "--resample-masks" in outcome.message
+    assert not list((scans.parent / "store").rglob("*.h5"))
+    moved = dataclasses.replace(CONFIG, resample_masks=True)
+    store = scans.parent / "store"
+    preprocess(None, store, moved, manifest=scans / "cases.csv", execution=QUIET).require_complete()
+    with Store(store).open("a", "reference") as reference, Store(store).open("a", "volume") as volume:
+        assert reference.provenance["grid"] == volume.provenance["source"]["full_grid"]
+        found = reference.read("labels")
+    assert found.shape == GRID.shape
+    assert (found == labels_there).mean() > 0.9
+
+
+def test_row_33_a_reference_added_later_is_held_against_the_scan_in_the_store(scans: Path) -> None:
+    made(scans)
+    write_image(scans / "reference.nii.gz", (chest() < -500).astype(np.uint8), Geometry(GRID.shape, (8.0, 5.0, 6.0)))
+    (outcome,) = made(scans, reference="reference.nii.gz").outcomes
+    assert "--resample-masks" in outcome.message
+    write_reference(scans, 1)
+    assert made(scans, reference="reference.nii.gz").outcomes[0].status == "done"
+
+
+def test_row_34_unexpected_labels_are_listed(scans: Path) -> None:
+    values = (chest() < -500).astype(np.uint8)
+    values[3, 4, 5:7] = 77, 99
+    write_image(scans / "reference.nii.gz", values, GRID)
+    (outcome,) = made(scans, reference="reference.nii.gz").outcomes
+    assert outcome.exit_code == InputError.exit_code
+    assert "77" in outcome.message
+    assert "99" in outcome.message
+
+
+@pytest.mark.parametrize("voxels", [0, 1])
+def test_row_35_empty_and_tiny_references_are_kept(scans: Path, voxels: int) -> None:
+    values = np.zeros(GRID.shape, np.uint8)
+    values.flat[:voxels] = 1
+    write_image(scans / "reference.nii.gz", values, GRID)
+    (outcome,) = made(scans, reference="reference.nii.gz").outcomes
+    assert outcome.status == "done"
+    assert ("the reference is empty" in outcome.message) == (voxels == 0)
+    assert labels(scans.parent / "store").sum() == voxels
+
+
+def test_options_that_let_more_in_leave_the_store_as_it_is(scans: Path) -> None:
+    made(scans)
+    before = (scans.parent / "store" / "store.json").read_bytes()
+    more = dataclasses.replace(CONFIG, allow_gaps=3, assume_hu=True, resample_masks=True, correct_tilt=True)
+    write_image(scans / "other.nii.gz", chest(1), GRID)
+    (scans / "cases.csv").write_text("path,case_id\nscan.nii.gz,a\nother.nii.gz,b\n")
+    result = preprocess(None, scans.parent / "store", more, manifest=scans / "cases.csv", execution=QUIET)
+    assert [outcome.status for outcome in result.outcomes] == ["complete already", "done"]
+    assert (scans.parent / "store" / "store.json").read_bytes() == before
+    Store(scans.parent / "store").check_uniform()
+
+
+def test_results_name_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Tables and errors of a result are shown to others; the log of the person who runs it may name the file."""
+    folder = tmp_path / "Zebrafink-Anna"
+    image(folder / "good.nii.gz", chest())
+    (folder / "Zebrafink.nii.gz").write_bytes(b"no image")
+    (dicom(folder / "ct" / "Zebrafink") / "010.dcm").unlink()
+    result = preprocess([folder], tmp_path / "store", CONFIG, execution=QUIET)
+    failed = [outcome for outcome in result.outcomes if outcome.status == "failed"]
+    assert len(failed) == 2
+    assert "Zebrafink" not in "".join(outcome.message for outcome in result.outcomes)
+    assert "Zebrafink.nii.gz" in caplog.text
+    with pytest.raises(PartialError) as caught:
+        result.require_complete()
+    assert "Zebrafink" not in str(caught.value)
+
+
+def test_a_chosen_series_is_taken(tmp_path: Path) -> None:
+    """RELIABILITY row 3: `--series` by key or UID, alone or with commas."""
+    dicom(tmp_path / "study" / "soft", series="1", study="x", kernel="B30f")
+    dicom(tmp_path / "study" / "sharp", series="2", study="x", kernel="B70f")
+    rows = list_scans([tmp_path / "study"], CONFIG, execution=QUIET).values["rows"]
+    (sharp,) = [row.series for row in rows if row.kernel == "B70f"]
+    for given in ([sharp], [f" {sharp[:8]},"]):
+        store = tmp_path / f"store-{len(given[0])}"
+        preprocess([tmp_path / "study"], store, CONFIG, series=given, execution=QUIET).require_complete()
+        (case_id,) = Store(store).case_ids()
+        with Store(store).open(case_id, "volume") as volume:
+            assert volume.provenance["acquisition"]["kernel"] == "B70f"
+    with pytest.raises(InputError, match=sharp):
+        preprocess([tmp_path / "study"], tmp_path / "none", CONFIG, series=["0123456789"], execution=QUIET)
+
+
+def test_another_series_of_a_study_that_is_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    soft = dicom(tmp_path / "study" / "soft", series="1", study="x", kernel="B30f")
+    sharp = dicom(tmp_path / "study" / "sharp", series="2", study="x", kernel="B70f")
+    other = dicom(tmp_path / "other", patient="q", series="3", study="y")
+    logging.getLogger("lungseg").propagate = True  # the command line, in another test, may have turned it off
+    (first,) = preprocess(soft, tmp_path / "store", CONFIG, execution=QUIET).outcomes
+    preprocess([soft, other], tmp_path / "store", CONFIG, execution=QUIET)
+    assert "another series of the same study" not in caplog.text
+    preprocess(sharp, tmp_path / "store", CONFIG, execution=QUIET)
+    assert f"another series of the same study (case {first.case_id})" in caplog.text

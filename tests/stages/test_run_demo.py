@@ -79,7 +79,7 @@ def test_demo_trains_on_one_set_and_scores_the_other(
 ) -> None:
     samples = tmp_path / "samples"
     shutil.copytree(manifest.parent, samples / "train")
-    phantom(samples / "test", dataclasses.replace(PHANTOM, num=1, first_seed=31), execution=QUIET)
+    phantom(samples / "test", dataclasses.replace(PHANTOM, num=1, seed=31), execution=QUIET)
     small = {
         PreprocessConfig: {"spacing_mm": 2.0, "patch_size": (16, 16, 16), "patch_stride": (8, 8, 8)},
         RadiomicsConfig: {"window": 16, "samples_per_case": 60, "standardisation_windows": (8,)},

@@ -44,6 +44,28 @@ def test_row_36_names_that_are_not_safe(name: str) -> None:
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize("link", ["cases/c1", "cases", "fits/gmm", "fits"])
+def test_security_3_no_link_leads_out_of_the_store(tmp_path: Path, link: str) -> None:
+    store, outside = create(tmp_path / "store"), tmp_path / "outside"
+    outside.mkdir()
+    (store.path / link).parent.mkdir(exist_ok=True)
+    (store.path / link).symlink_to(outside)
+    with pytest.raises(StoreError, match="a link that leads out of the store") as caught:
+        store.fit_dir("gmm") if link.startswith("fits") else store.case_file("c1", "volume")
+    assert caught.value.exit_code == 6
+    if link.startswith("cases"):
+        with pytest.raises(StoreError, match="a link that leads out of the store"):
+            store.lock_file("c1", "preprocess")
+    assert not list(outside.iterdir())
+    assert store.case_file("c2", "volume").name == "volume.h5" if link == "cases/c1" else True
+
+
+def test_security_3_the_store_itself_may_be_reached_by_a_link(tmp_path: Path) -> None:
+    create(tmp_path / "store")
+    (tmp_path / "link").symlink_to("store")
+    assert Store(tmp_path / "link").case_file("c1", "volume") == tmp_path / "link/cases/c1/volume.h5"
+
+
 @given(st.text(max_size=70))
 def test_accepted_names_stay_in_their_folder(name: str) -> None:
     try:
