@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from lungseg.errors import InputError
 from lungseg.scan.lungs_airway import find_airway
+from lungseg.scan.lungs_closing import dilate, erode
 from lungseg.scan.lungs_dense import fill_each
 from lungseg.scan.lungs_grid import (
     IN_PLANE,
@@ -60,6 +61,8 @@ NEAR_BY_MM = 5.0
 HALFWAY_RANGE_HU = (-460.0, -280.0)
 DISEASED_HU = -700.0
 """The border lies halfway between soft tissue and the lung near by, within this range."""
+ADULT_WIDTH_MM, MIN_SIZE = 240.0, 0.4
+"""Width of both lungs from which on a chest counts as an adult's, and the smallest size, a share of it."""
 SMALL_LITRES, LARGE_LITRES = 1.0, 9.0
 TRUNCATED_SHARE = 0.25
 """Lung area on the first or last slice, against the largest of all slices, from which the lung counts as cut."""
@@ -166,8 +169,9 @@ def _coarse_lungs(
     # The rest needs the lungs and the chest wall only.
     margins = [round(MARGIN_MM / s) for s in spacing_mm]
     box = _padded(ndimage.find_objects(candidates.astype(np.uint8))[0], hu.shape, by=margins)
-    scan = CoarseScan(hu[box], smooth[box], air[box], outside[box], airway[box], spacing_mm, source_mm[0])
     sides = split_sides(candidates[box], hu[box], airway[box], spacing_mm)
+    size = _chest_size(sides, spacing_mm[2])
+    scan = CoarseScan(hu[box], smooth[box], air[box], outside[box], airway[box], spacing_mm, source_mm[0], size)
     closed[box] = fill_each(sides, scan)
     closed[beyond] = 0
     if beyond.any():  # a lung cut by the field of view ends where the padding begins, not half a coarse voxel before
@@ -179,22 +183,21 @@ def _coarse_lungs(
 
 def _thick(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Largest piece of ``mask`` after removing sheets thinner than about 6 mm (table, clothes)."""
-    inner = _distance(mask, spacing_mm) > 3.0
+    inner = erode(mask, 3.0, spacing_mm)
     if not inner.any():
         return mask
     pieces, _ = ndimage.label(inner)
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    thick: np.ndarray = _distance(pieces != sizes.argmax(), spacing_mm) <= 3.0
-    return thick
+    return dilate(pieces == sizes.argmax(), 3.0, spacing_mm)
 
 
-def _distance(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Distance of each true voxel from the nearest false one in mm, float32; all true means far away."""
-    if mask.all():
-        return np.full(mask.shape, 1e6, dtype=np.float32)
-    distance: np.ndarray = ndimage.distance_transform_edt(mask, sampling=spacing_mm).astype(np.float32)
-    return distance
+def _chest_size(sides: np.ndarray, pixel_mm: float) -> float:
+    """Width of both lungs (twice that of a single one) against an adult's, never more than 1."""
+    columns = np.flatnonzero(sides.any(axis=(0, 1)))
+    width_mm = (columns[-1] + 1 - columns[0]) * pixel_mm
+    pair = 1.0 if (sides == LUNG_LEFT).any() and (sides == LUNG_RIGHT).any() else 2.0
+    return float(np.clip(pair * width_mm / ADULT_WIDTH_MM, MIN_SIZE, 1.0))
 
 
 def _inside_air(smooth: np.ndarray, body: np.ndarray, beyond: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from lungseg.scan.lungs_closing import dilate, erode
+
 SEED_HU = -850.0
 SEED_AREA_MM2 = (25.0, 700.0)
 """Cross-section of a trachea, child to adult (general knowledge: adult 200-300 mm2, up to 500 in men)."""
@@ -43,14 +45,12 @@ def find_airway(
     if not seed.any():
         return seed
     grown = _grow(hu, air, seed, spacing_mm)
-    inner = ndimage.distance_transform_edt(grown, sampling=spacing_mm) >= BRONCHUS_RADIUS_MM
+    inner = erode(grown, BRONCHUS_RADIUS_MM, spacing_mm)
     pieces, _ = ndimage.label(inner | seed)
     ids = np.unique(pieces[seed])
     thick = np.isin(pieces, ids[ids > 0])
-    reach = ndimage.distance_transform_edt(~thick, sampling=spacing_mm)
-    lumen = grown & (reach <= BRONCHUS_RADIUS_MM + 1.0)
-    wall: np.ndarray = ndimage.distance_transform_edt(~lumen, sampling=spacing_mm) <= max(WALL_MM, pixel_mm)
-    return wall
+    lumen = grown & dilate(thick, BRONCHUS_RADIUS_MM + 1.0, spacing_mm)
+    return dilate(lumen, max(WALL_MM, pixel_mm), spacing_mm)
 
 
 def _trachea(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from lungseg.scan.lungs_closing import HalfGrid, close, distance_from
+from lungseg.scan.lungs_closing import HalfGrid, close, dilate, erode
 from lungseg.scan.lungs_grid import CoarseScan
 from lungseg.scan.lungs_rays import Rays, Wall
 from lungseg.scan.lungs_traces import SPINE_MM, Traces, below
@@ -63,8 +63,8 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         ``sides`` and what was added. Nothing is added in bone, in the airway, behind the spine, or where it belongs
         to the other lung.
     """
-    half = HalfGrid(sides.shape, scan.spacing_mm)
-    rays = Rays.around(sides, scan.spacing_mm)
+    half = HalfGrid(sides.shape, scan.adult_mm)
+    rays = Rays.around(sides, scan.adult_mm)
     forbidden = scan.airway | (scan.hu > BONE_HU) | _behind_spine(rays, scan.hu)
     traces = Traces(sides, scan, half, rays)
     filled = sides.copy()
@@ -77,8 +77,8 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         added = _within_large_balls(near, side, wall, half, rays) & ~near
         pits = _pits(near, side, wall, rays)
         # Slivers of a large closing are steps of its own making, or the prints of ribs, not disease.
-        core = ndimage.distance_transform_edt(added & ~forbidden, sampling=scan.spacing_mm) > SLIVER_MM
-        added &= distance_from(core, scan.spacing_mm) <= 4.0 * SLIVER_MM
+        core = erode(added & ~forbidden, SLIVER_MM, scan.spacing_mm)
+        added &= dilate(core, 4.0 * SLIVER_MM, scan.spacing_mm)
         full = ndimage.binary_fill_holes(near | added | pits)
         filled[full & ~forbidden & (filled == 0)] = side
     return filled
@@ -94,9 +94,8 @@ def _with_traces(
     rays: Rays,
 ) -> np.ndarray:
     """A lung closed by the smallest ball, with the parts that hold traces of air."""
-    spacing_mm = scan.spacing_mm
-    near = close(lung, MEDIAL_CLOSING_MM, spacing_mm)
-    sigma = TRACE_SIGMA_MM / np.asarray(spacing_mm)
+    near = close(lung, MEDIAL_CLOSING_MM, scan.adult_mm)
+    sigma = TRACE_SIGMA_MM / np.asarray(scan.spacing_mm)
     for _ in range(TRACE_PASSES):
         wall = Wall.around(near, rays, scan)
         mine = traces.of(near, side, wall)
@@ -104,7 +103,7 @@ def _with_traces(
             break
         diseased = ndimage.gaussian_filter(mine.astype(np.float32), sigma, truncate=2.5) > TRACE_SHARE
         diseased &= half.close(near | mine, TRACE_CLOSING_MM) & rays.between(-1.0, wall.ribs) & ~forbidden
-        near = close(near | diseased, MEDIAL_CLOSING_MM, spacing_mm)
+        near = close(near | diseased, MEDIAL_CLOSING_MM, scan.adult_mm)
     return near
 
 

@@ -46,6 +46,14 @@ class CoarseScan:
     spacing_mm: Spacing
     slice_mm: float
     """Slice distance of the scan itself: blurs surfaces that are not upright."""
+    size: float = 1.0
+    """Of the chest, 1 for an adult."""
+
+    @property
+    def adult_mm(self) -> Spacing:
+        """Voxel size were the chest that of an adult, for whom anatomical lengths are stated."""
+        z_mm, y_mm, x_mm = self.spacing_mm
+        return z_mm / self.size, y_mm / self.size, x_mm / self.size
 
 
 def axis_weights(new: int, new_mm: float, old: int, old_mm: float) -> sparse.csr_matrix:

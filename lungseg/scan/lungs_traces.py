@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from lungseg.scan.lungs_closing import HalfGrid, distance_from
+from lungseg.scan.lungs_closing import HalfGrid, dilate
 from lungseg.scan.lungs_grid import CoarseScan
 from lungseg.scan.lungs_rays import Rays, Wall
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
@@ -44,7 +44,7 @@ class Traces:
 
     def __init__(self, sides: np.ndarray, scan: CoarseScan, half: HalfGrid, rays: Rays) -> None:
         self._sides, self._scan, self._half, self._rays = sides, scan, half, rays
-        skin = half.up(distance_from(half.down(scan.outside), half.spacing_mm) <= SKIN_MM)
+        skin = dilate(scan.outside, SKIN_MM, scan.spacing_mm)
         self._traces = _not_lung(sides, scan) & ~skin & ~_gas(sides, scan)
 
     def of(self, lung: np.ndarray, side: int, wall: Wall) -> np.ndarray:
@@ -55,7 +55,7 @@ class Traces:
         beside = rays.between(wall.reach, np.minimum(wall.reach + COSTAL_REACH_MM, ribs))
         beside |= rays.between(wall.ribs - BASE_BAND_MM, ribs) & rays.is_behind & (lateral > SPINE_MM)
         if (self._sides == LUNG_LEFT).any() and (self._sides == LUNG_RIGHT).any():
-            close_by = self._half.up(distance_from(self._half.down(lung), self._half.spacing_mm) < REACH_MM)
+            close_by = self._half.dilate(lung, REACH_MM)
             beside |= close_by & (lateral > MIDLINE_MM) & ~below(lung)
         region = self._half.close(lung, HULL_MM) | (beside & (scan.smooth < AERATED_HU))
         mine: np.ndarray = self._traces & region & ~lung
@@ -72,9 +72,8 @@ def _not_lung(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
     """Voxels that hold air but are neither lung nor the blurred surface of lung or airway."""
     z_mm, y_mm, x_mm = scan.spacing_mm
     flat = RIM_MM / max(RIM_MM, RIM_SLICES * scan.slice_mm)
-    traces = (scan.smooth < TRACE_HU) & (sides == 0) & (distance_from(sides > 0, (z_mm * flat, y_mm, x_mm)) > RIM_MM)
-    if scan.airway.any():
-        traces &= distance_from(scan.airway, scan.spacing_mm) > AIRWAY_MM
+    rim = dilate(sides > 0, RIM_MM, (z_mm * flat, y_mm, x_mm)) | dilate(scan.airway, AIRWAY_MM, scan.spacing_mm)
+    traces: np.ndarray = (scan.smooth < TRACE_HU) & ~rim
     return traces
 
 
@@ -84,7 +83,7 @@ def _gas(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
     if not count:
         return scan.inside_air & False
     lowest = np.asarray(ndimage.minimum(scan.smooth, pieces, range(count + 1)))
-    is_gas = (lowest < GAS_HU) & (np.bincount(pieces.ravel()) * float(np.prod(scan.spacing_mm)) / 1000.0 > GAS_ML)
+    is_gas = (lowest < GAS_HU) & (np.bincount(pieces.ravel()) * float(np.prod(scan.adult_mm)) / 1000.0 > GAS_ML)
     is_gas[0] = False
     gas: np.ndarray = ndimage.binary_dilation(is_gas[pieces], iterations=2)  # with its partial volume
     return gas
