@@ -19,15 +19,13 @@ from lungseg.scan.lungs_closing import dilate, erode
 from lungseg.scan.lungs_dense import fill_each
 from lungseg.scan.lungs_grid import (
     IN_PLANE,
-    PADDING_HU,
     CoarseScan,
-    axis_weights,
     coarsen,
     padding,
-    spread,
     without_rim,
 )
 from lungseg.scan.lungs_sides import split_sides
+from lungseg.scan.lungs_surface import SIDES, paint
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 COARSE_MM = 2.0
@@ -54,13 +52,6 @@ MIN_SUPPORT = 0.3
 """Share of the surroundings of a lung that is thick soft tissue; the hollow of a table has none."""
 ENCLOSED_SHARE = 0.4
 """Share of the columns (along y) of a lung with body on both sides; gaps between patient and table have few."""
-SOFT_HU = 180.0
-"""Half-width of the ramp by which the border is placed between coarse voxels."""
-TISSUE_HU = 40.0
-NEAR_BY_MM = 5.0
-HALFWAY_RANGE_HU = (-460.0, -280.0)
-DISEASED_HU = -700.0
-"""The border lies halfway between soft tissue and the lung near by, within this range."""
 ADULT_WIDTH_MM, MIN_SIZE = 240.0, 0.4
 """Width of both lungs from which on a chest counts as an adult's, and the smallest size, a share of it."""
 SMALL_LITRES, LARGE_LITRES = 1.0, 9.0
@@ -117,7 +108,8 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
         raise InputError(f"a lung field needs a volume of three axes, not shape {volume_hu.shape}")
     if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise InputError(f"spacing must be strictly positive and finite, not {spacing_mm} mm")
-    coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, COARSE_MM)
+    width_mm = volume_hu.shape[2] * spacing_mm[2]
+    coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, float(np.clip(width_mm / 150, 1.4, COARSE_MM)))
     beyond = padding(coarse_hu)
     if beyond.any():
         coarse_hu = without_rim(coarse_hu, beyond)
@@ -125,28 +117,13 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
     if not sides.any():
         empty = np.zeros(volume_hu.shape, dtype=np.uint8)
         return LungField(empty, 0.0, float("nan"), ("no lung found: is this a CT of the chest in HU?",))
-    weights = [
-        axis_weights(n, step, m, s)
-        for n, step, m, s in zip(volume_hu.shape, spacing_mm, coarse_hu.shape, coarse_mm, strict=True)
-    ]
-    soft = _soft_share(coarse_hu, sides, filled, coarse_mm)
-    labels = np.zeros(volume_hu.shape, dtype=np.uint8)
-    total, count = 0.0, 0
-    planes = zip(*(spread(np.where(_nearest(sides, side), soft, 0.0), weights) for side in _SIDES), strict=True)
-    for z, (left, right) in enumerate(planes):
-        inside = left + right >= 0.5
-        if np.any(inside & (volume_hu[z] <= PADDING_HU)):
-            inside &= ~padding(volume_hu[z : z + 1])[0]
-        labels[z] = np.where(inside, np.where(left >= right, LUNG_LEFT, LUNG_RIGHT), 0)
-        total += float(volume_hu[z][inside].sum(dtype=np.float64))
-        count += int(inside.sum())
+    labels = paint(volume_hu, spacing_mm, coarse_hu, coarse_mm, sides, filled)
+    inside = labels > 0
+    count = np.count_nonzero(inside)
     volume_ml = count * float(np.prod(spacing_mm)) / 1000.0
-    mean_hu = total / count if count else float("nan")
+    mean_hu = float(volume_hu[inside].mean(dtype=np.float64)) if count else float("nan")
     warnings = _warnings(labels, volume_ml, _contact_mm2(sides, beyond, coarse_mm))
     return LungField(labels, volume_ml, mean_hu, warnings)
-
-
-_SIDES = (LUNG_LEFT, LUNG_RIGHT)
 
 
 def _coarse_lungs(
@@ -175,7 +152,7 @@ def _coarse_lungs(
     closed[box] = fill_each(sides, scan)
     closed[beyond] = 0
     if beyond.any():  # a lung cut by the field of view ends where the padding begins, not half a coarse voxel before
-        for side in _SIDES:
+        for side in SIDES:
             closed[ndimage.binary_dilation(closed == side, iterations=2) & beyond & (closed == 0)] = side
     filled[box] = (closed[box] > 0) & (sides == 0)
     return closed, filled
@@ -283,40 +260,6 @@ def _is_enclosed(mask: np.ndarray, body: np.ndarray, beyond: np.ndarray, start_y
 def _padded(box: tuple[slice, ...], shape: tuple[int, ...], *, by: Sequence[int] = (3, 3, 3)) -> tuple[slice, ...]:
     """A bounding box grown by some voxels along each axis, within the array."""
     return tuple(slice(max(s.start - m, 0), min(s.stop + m, n)) for s, n, m in zip(box, shape, by, strict=True))
-
-
-def _soft_share(
-    hu: np.ndarray, sides: np.ndarray, filled: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
-    """Lung share of coarse voxels, so that its level 0.5 is the surface between them.
-
-    At a surface that the threshold found, the share follows the HU (partial volume) and is 0.5 halfway between the
-    lung near by and soft tissue; at one that the closing made it is 0 or 1. Voxels beside the lung take part only if
-    they are next to threshold lung.
-    """
-    lung = sides > 0
-    aerated = lung & ~filled
-    sigma = NEAR_BY_MM / np.asarray(spacing_mm)
-    amount = ndimage.gaussian_filter(aerated.astype(np.float32), sigma, truncate=2.0)
-    near_hu = ndimage.gaussian_filter(np.where(aerated, hu, 0.0).astype(np.float32), sigma, truncate=2.0)
-    near_hu /= np.maximum(amount, 1e-3)
-    halfway = np.clip((near_hu + TISSUE_HU) / 2.0, *HALFWAY_RANGE_HU)
-    share = np.clip(0.5 + (halfway - hu) / (2.0 * SOFT_HU), 0.0, 1.0)
-    beside = ndimage.binary_dilation(aerated, iterations=1) & ~lung
-    near_fill = ndimage.binary_dilation(filled, iterations=1)
-    inner = ndimage.binary_erosion(lung, iterations=1, border_value=1)
-    # In diseased lung a dense voxel at the surface is as likely disease as pleura.
-    share = np.where(aerated & (near_hu > DISEASED_HU), np.maximum(share, 0.5), share)
-    soft = np.where(aerated, share, np.where(beside, np.minimum(share, 0.49), 0.0))
-    soft = np.where(inner | filled | (aerated & near_fill), 1.0, soft)
-    return soft.astype(np.float32)
-
-
-def _nearest(sides: np.ndarray, side: int) -> np.ndarray:
-    """Voxels of one lung and the one-voxel border that belongs to no other lung."""
-    grown = ndimage.binary_dilation(sides == side, iterations=1)
-    mine: np.ndarray = grown & ((sides == 0) | (sides == side))
-    return mine
 
 
 def _contact_mm2(sides: np.ndarray, beyond: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:

@@ -39,8 +39,12 @@ PIT_SLICES = 3
 """A pit is at least as many coarse slices high: fewer are the steps of a dome."""
 MAX_DEPTH_MM = 45.0
 """Between the outermost lung and ribs further apart than this lie liver, heart or neck: nothing is added."""
+GUTTER_MM, GAP_MM = 12.0, 70.0
+"""How far behind the front of the spine gaps beside it are filled (before it lies the aorta), and the tallest one."""
 SLIVER_MM = 2.5
 """Half the thickness below which parts of a large closing are dropped."""
+DENSE_HU, DENSE_SIGMA_MM = -650.0, 5.0
+"""Where the lung near by is denser than this, a thin addition is as likely disease as a step of the closing."""
 BONE_HU = 180.0
 """Nothing denser is added (ribs, spine)."""
 MIN_HEIGHT_MM = 60.0
@@ -75,7 +79,7 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         near = _with_traces(lung, side, traces, forbidden, scan, half, rays)
         wall = Wall.around(near, rays, scan)
         added = _within_large_balls(near, side, wall, half, rays) & ~near
-        pits = _pits(near, side, wall, rays)
+        pits = _pits(near, side, wall, rays) | _gutter(near, wall, rays, scan)
         # Slivers of a large closing are steps of its own making, or the prints of ribs, not disease.
         core = erode(added & ~forbidden, SLIVER_MM, scan.spacing_mm)
         added &= dilate(core, 4.0 * SLIVER_MM, scan.spacing_mm)
@@ -128,6 +132,35 @@ def _pits(near: np.ndarray, side: int, wall: Wall, rays: Rays) -> np.ndarray:
     if len(pits) > PIT_SLICES:
         pits = ndimage.binary_opening(pits, np.ones((PIT_SLICES, 1, 1), dtype=bool))
     return pits
+
+
+def _is_dense(lung: np.ndarray, scan: CoarseScan) -> np.ndarray:
+    """Voxels near which the lung is diseased, by its mean HU."""
+    sigma = DENSE_SIGMA_MM / np.asarray(scan.spacing_mm)
+    amount = ndimage.gaussian_filter(lung.astype(np.float32), sigma, truncate=2.0)
+    total = ndimage.gaussian_filter(np.where(lung, scan.hu, 0.0).astype(np.float32), sigma, truncate=2.0)
+    dense: np.ndarray = total > DENSE_HU * amount
+    return dense & (amount > 1e-3)
+
+
+def _gutter(near: np.ndarray, wall: Wall, rays: Rays, scan: CoarseScan) -> np.ndarray:
+    """Gaps beside the spine with lung above and below: spine and ribs bound the lung there, and run on along z."""
+    bone = (scan.hu > BONE_HU) & rays.is_behind & (np.abs(rays.across_mm) < SPINE_MM)
+    rows = bone.any(axis=2)
+    seen = np.flatnonzero(rows.any(axis=1))
+    gaps = np.zeros(near.shape, dtype=bool)
+    if not len(seen):
+        return gaps
+    front = np.interp(np.arange(len(rows)), seen, rows[seen].argmax(axis=1)) + GUTTER_MM / scan.adult_mm[1]
+    first = int(front.min())
+    z_voxels = max(1, round(GAP_MM / scan.adult_mm[0]))
+    part = near[:, first:]
+    pad = ((z_voxels, z_voxels), (0, 0), (0, 0))
+    closed = ndimage.maximum_filter1d(np.pad(part, pad), z_voxels, axis=0)
+    closed = ndimage.minimum_filter1d(closed, z_voxels, axis=0, origin=-1 if z_voxels % 2 == 0 else 0)
+    gaps[:, first:] = closed[z_voxels:-z_voxels]
+    gaps &= np.arange(near.shape[1])[None, :, None] > front[:, None, None]
+    return gaps & ~near & rays.between(-1.0, wall.ribs)
 
 
 def _behind_spine(rays: Rays, hu: np.ndarray) -> np.ndarray:
