@@ -1,8 +1,9 @@
 """The lung field: which voxels of a CT are left and right lung.
 
-Thresholds find the air inside the body, the airway tree is taken out, and a closing per lung brings back vessels
-and dense disease up to about 30 mm. All of it runs on a coarse copy (about 2 mm) and is then brought to the input
-grid as a smooth surface, so time and memory hardly depend on the resolution of the scan.
+Thresholds find the air inside the body, the airway tree is taken out (``lungs_airway``), the rest is told apart into
+left and right (``lungs_sides``), and dense disease is brought back by its shape, its traces of air and the rib cage
+(``lungs_dense``). All of it runs on a coarse copy (about 2 mm, ``lungs_grid``) and is then brought to the grid of the
+scan as a smooth surface (``lungs_surface``), so time and memory hardly depend on the resolution of the scan.
 """
 
 from __future__ import annotations
@@ -17,19 +18,15 @@ from lungseg.errors import InputError
 from lungseg.scan.lungs_airway import find_airway
 from lungseg.scan.lungs_closing import dilate, erode
 from lungseg.scan.lungs_dense import fill_each
-from lungseg.scan.lungs_grid import (
-    IN_PLANE,
-    CoarseScan,
-    coarsen,
-    padding,
-    without_rim,
-)
+from lungseg.scan.lungs_grid import IN_PLANE, CoarseScan, coarsen, padding, without_rim
 from lungseg.scan.lungs_sides import split_sides
 from lungseg.scan.lungs_surface import SIDES, paint
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
-COARSE_MM = 2.0
-"""Voxel size of the working copy: half the thinnest wall (chest wall, diaphragm + stomach) that must hold."""
+COARSE_MM = (1.4, 2.0)
+"""Voxel size of the working copy: at most half the thinnest wall (chest wall, diaphragm + stomach) that must hold."""
+COARSE_COLUMNS = 150
+"""A narrow field of view, that of a child, is worked on with smaller voxels, so many across."""
 AIR_HU = -320.0
 """Below is air or aerated lung: halfway between lung and soft tissue, as in most threshold lungs (-300 to -400)."""
 BODY_HU = -250.0
@@ -100,16 +97,17 @@ def find_lungs(volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) ->
 
     Notes
     -----
-    Dense disease at the pleura is kept inside for the most part up to about 30 mm; larger consolidations, and
-    those at mediastinum and diaphragm, may be cut off.
+    Dense disease is kept inside where the shape of the lung, traces of air in it, or lung above and below it beside
+    the spine tell it from other tissue. A solid mass that broadly touches mediastinum or diaphragm, and a wholly
+    airless lobe, may be cut off; pleural fluid between aerated lung and ribs may be taken in.
     Memory: less than one float32 copy of the input besides the labels.
     """
     if volume_hu.ndim != 3 or 0 in volume_hu.shape:
         raise InputError(f"a lung field needs a volume of three axes, not shape {volume_hu.shape}")
     if len(spacing_mm) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise InputError(f"spacing must be strictly positive and finite, not {spacing_mm} mm")
-    width_mm = volume_hu.shape[2] * spacing_mm[2]
-    coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, float(np.clip(width_mm / 150, 1.4, COARSE_MM)))
+    target_mm = float(np.clip(volume_hu.shape[2] * spacing_mm[2] / COARSE_COLUMNS, *COARSE_MM))
+    coarse_hu, coarse_mm = coarsen(volume_hu, spacing_mm, target_mm)
     beyond = padding(coarse_hu)
     if beyond.any():
         coarse_hu = without_rim(coarse_hu, beyond)

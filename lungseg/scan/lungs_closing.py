@@ -20,8 +20,7 @@ def dilate(mask: np.ndarray, radius_mm: float, spacing_mm: Spacing) -> np.ndarra
     reach = [int(radius_mm / s + 1e-6) for s in spacing_mm]
     boxes = (_extent(mask, axis) for axis in range(3))
     box = tuple(
-        slice(max(low - r, 0), min(high + r, n))
-        for (low, high), r, n in zip(boxes, reach, mask.shape, strict=True)
+        slice(max(low - r, 0), min(high + r, n)) for (low, high), r, n in zip(boxes, reach, mask.shape, strict=True)
     )
     limit = np.float32((radius_mm * (1.0 + 1e-6)) ** 2)
     z_steps, y_steps = (

@@ -1,10 +1,10 @@
 """Dense lung brought back into the field: vessels, consolidation, fibrosis and tumours that the threshold cut off.
 
 Three arguments, all on the coarse grid. Shape: a lung is closed by a ball whose radius suits the surface, large at
-the convex chest wall, smaller over the diaphragm, smallest at the mediastinum; and pits of the costal surface are
-bridged. Texture: parts that hold traces of air are taken back even where shape alone says nothing. Bones: nothing is
-added beyond the ribs. What neither shape nor texture tells from the mediastinum (a solid mass that broadly touches it,
-a wholly airless lobe) stays outside.
+the convex chest wall, smaller over the diaphragm, smallest at the mediastinum; beside the spine gaps with lung above
+and below are filled. Texture: parts that hold traces of air are taken back even where shape alone says nothing.
+Bones: nothing is added beyond the ribs. What neither shape nor texture tells from the mediastinum (a solid mass that
+broadly touches it, a wholly airless lobe) stays outside. Lengths are those of an adult and shrink with the chest.
 """
 
 from __future__ import annotations
@@ -33,18 +33,12 @@ TRACE_CLOSING_MM = 18.0
 """Radius that joins traces to each other and to the lung."""
 TRACE_PASSES = 2
 """What the first pass has taken back lets the next one reach further."""
-PIT_RAYS, PIT_MM, PIT_DEPTH_MM = 20, 60.0, 3.0
-"""Widest pit of the costal surface that is bridged, over rays and along z, and the least deep one."""
-PIT_SLICES = 3
-"""A pit is at least as many coarse slices high: fewer are the steps of a dome."""
 MAX_DEPTH_MM = 45.0
 """Between the outermost lung and ribs further apart than this lie liver, heart or neck: nothing is added."""
 GUTTER_MM, GAP_MM = 12.0, 70.0
 """How far behind the front of the spine gaps beside it are filled (before it lies the aorta), and the tallest one."""
 SLIVER_MM = 2.5
 """Half the thickness below which parts of a large closing are dropped."""
-DENSE_HU, DENSE_SIGMA_MM = -650.0, 5.0
-"""Where the lung near by is denser than this, a thin addition is as likely disease as a step of the closing."""
 BONE_HU = 180.0
 """Nothing denser is added (ribs, spine)."""
 MIN_HEIGHT_MM = 60.0
@@ -79,11 +73,10 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         near = _with_traces(lung, side, traces, forbidden, scan, half, rays)
         wall = Wall.around(near, rays, scan)
         added = _within_large_balls(near, side, wall, half, rays) & ~near
-        pits = _pits(near, side, wall, rays) | _gutter(near, wall, rays, scan)
         # Slivers of a large closing are steps of its own making, or the prints of ribs, not disease.
         core = erode(added & ~forbidden, SLIVER_MM, scan.spacing_mm)
         added &= dilate(core, 4.0 * SLIVER_MM, scan.spacing_mm)
-        full = ndimage.binary_fill_holes(near | added | pits)
+        full = ndimage.binary_fill_holes(near | added | _gutter(near, wall, rays, scan))
         filled[full & ~forbidden & (filled == 0)] = side
     return filled
 
@@ -124,43 +117,21 @@ def _within_large_balls(near: np.ndarray, side: int, wall: Wall, half: HalfGrid,
     return result
 
 
-def _pits(near: np.ndarray, side: int, wall: Wall, rays: Rays) -> np.ndarray:
-    """Pits of the costal surface, out to the level of their rim."""
-    rim = rays.bridged(wall.reach, PIT_RAYS, PIT_MM)
-    is_pit = (rim > wall.reach + PIT_DEPTH_MM) & (rim < wall.reach + MAX_DEPTH_MM)
-    pits = rays.between(wall.reach, np.where(is_pit, np.minimum(rim, wall.ribs), 0.0)) & _not_medial(near, side)
-    if len(pits) > PIT_SLICES:
-        pits = ndimage.binary_opening(pits, np.ones((PIT_SLICES, 1, 1), dtype=bool))
-    return pits
-
-
-def _is_dense(lung: np.ndarray, scan: CoarseScan) -> np.ndarray:
-    """Voxels near which the lung is diseased, by its mean HU."""
-    sigma = DENSE_SIGMA_MM / np.asarray(scan.spacing_mm)
-    amount = ndimage.gaussian_filter(lung.astype(np.float32), sigma, truncate=2.0)
-    total = ndimage.gaussian_filter(np.where(lung, scan.hu, 0.0).astype(np.float32), sigma, truncate=2.0)
-    dense: np.ndarray = total > DENSE_HU * amount
-    return dense & (amount > 1e-3)
-
-
 def _gutter(near: np.ndarray, wall: Wall, rays: Rays, scan: CoarseScan) -> np.ndarray:
     """Gaps beside the spine with lung above and below: spine and ribs bound the lung there, and run on along z."""
-    bone = (scan.hu > BONE_HU) & rays.is_behind & (np.abs(rays.across_mm) < SPINE_MM)
-    rows = bone.any(axis=2)
-    seen = np.flatnonzero(rows.any(axis=1))
-    gaps = np.zeros(near.shape, dtype=bool)
+    bone = np.any((scan.hu > BONE_HU) & rays.is_behind & (np.abs(rays.across_mm) < SPINE_MM), axis=2)  # (Z, Y)
+    seen = np.flatnonzero(np.any(bone, axis=1))
     if not len(seen):
-        return gaps
-    front = np.interp(np.arange(len(rows)), seen, rows[seen].argmax(axis=1)) + GUTTER_MM / scan.adult_mm[1]
-    first = int(front.min())
-    z_voxels = max(1, round(GAP_MM / scan.adult_mm[0]))
-    part = near[:, first:]
-    pad = ((z_voxels, z_voxels), (0, 0), (0, 0))
-    closed = ndimage.maximum_filter1d(np.pad(part, pad), z_voxels, axis=0)
-    closed = ndimage.minimum_filter1d(closed, z_voxels, axis=0, origin=-1 if z_voxels % 2 == 0 else 0)
-    gaps[:, first:] = closed[z_voxels:-z_voxels]
+        return near & False
+    front = np.interp(np.arange(len(bone)), seen, bone[seen].argmax(axis=1)) + GUTTER_MM / scan.adult_mm[1]
+    reach = max(1, round(0.5 * GAP_MM / scan.adult_mm[0]))
+    part = np.pad(near[:, int(front.min()) :], ((reach, reach), (0, 0), (0, 0)))
+    tall = 2 * reach + 1
+    closed = ndimage.minimum_filter1d(ndimage.maximum_filter1d(part, tall, axis=0), tall, axis=0)
+    gaps = np.zeros(near.shape, dtype=bool)
+    gaps[:, int(front.min()) :] = closed[reach:-reach]
     gaps &= np.arange(near.shape[1])[None, :, None] > front[:, None, None]
-    return gaps & ~near & rays.between(-1.0, wall.ribs)
+    return gaps & rays.between(-1.0, wall.ribs)
 
 
 def _behind_spine(rays: Rays, hu: np.ndarray) -> np.ndarray:

@@ -86,16 +86,6 @@ class Rays:
         result: np.ndarray = np.where(carried[: len(reach)] < 0, np.inf, carried[: len(reach)])
         return result
 
-    def bridged(self, reach: np.ndarray, over_rays: int, over_mm: float) -> np.ndarray:
-        """``reach`` with pits narrower than a window filled to the level of their rim (grey closing on the map)."""
-        rows = max(1, round(over_mm / self.slice_mm))
-        known = np.pad(np.where(np.isfinite(reach), reach, -1.0), ((rows, rows), (0, 0)), mode="edge")
-        known = np.pad(known, ((0, 0), (over_rays, over_rays)), mode="wrap")
-        closed = ndimage.grey_closing(known, size=(2 * (rows // 2) + 1, 2 * (over_rays // 2) + 1))
-        closed = closed[rows:-rows, over_rays:-over_rays]
-        result: np.ndarray = np.where(np.isfinite(reach), closed, np.inf)
-        return result
-
     def ribs(self, hu: np.ndarray, beyond: np.ndarray) -> np.ndarray:
         """Radius of the inner side of the ribs on each ray, float32 (Z, NUM_RAYS); inf where none is near.
 

@@ -17,6 +17,7 @@ from lungseg.scan.lungs_grid import PADDING_HU, Spacing, axis_weights, padding, 
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 SIDES = (LUNG_LEFT, LUNG_RIGHT)
+LEAST_SHARE = 0.02
 SOFT_HU = 180.0
 """Half-width of the ramp by which the border is placed between coarse voxels."""
 TISSUE_HU = 40.0
@@ -34,6 +35,10 @@ WALL_SD_HU = 120.0
 WALL_HU = -150.0
 """Walls at the pleura count as lung below this, mixed as they are with it; fat is denser."""
 NO_LEVEL_HU = -3000.0
+"""Below every voxel of a scan."""
+NOTCH_VOXELS = 3
+"""Notches of the surface narrower than this are filled where there are walls."""
+BONE_HU = 150.0
 EVERY_NEIGHBOUR = np.ones((3, 3, 3), dtype=bool)
 
 
@@ -56,10 +61,11 @@ class Texture:
         amount, mean, square = (
             ndimage.gaussian_filter(a, sigma, truncate=2.0) for a in (weight, hu * weight, hu**2 * weight)
         )
+        has_inner = amount > 2.0 * SURFACE_WEIGHT
         amount = np.maximum(amount, 1e-3 * SURFACE_WEIGHT)
         mean /= amount
         deviation = np.sqrt(np.maximum(square / amount - mean**2, 0.0))
-        return cls(mean + deviation, ndimage.maximum_filter(deviation, 3) > WALL_SD_HU)
+        return cls(mean + deviation, has_inner & (ndimage.maximum_filter(deviation, 3) > WALL_SD_HU))
 
 
 def paint(
@@ -116,8 +122,8 @@ def _share(
     1. Voxels beside the lung take part only if they are next to threshold lung.
     """
     lung = sides > 0
-    aerated = lung & ~filled
     near = Texture.of(lung, hu, spacing_mm, source_mm)
+    aerated = lung & ~filled
     diseased = near.dense_hu > DISEASED_HU
     halfway = np.clip((near.dense_hu + TISSUE_HU) / 2.0, *HALFWAY_RANGE_HU)
     share = np.clip(0.5 + (halfway - hu) / (2.0 * SOFT_HU), 0.0, 1.0)
@@ -127,10 +133,12 @@ def _share(
     inner = ndimage.binary_erosion(lung, border_value=1)
     full = inner | filled | (aerated & ndimage.binary_dilation(filled))
     share = np.where(full, 1.0, np.where(aerated | beside, share, 0.0))
+    closed = ndimage.grey_closing(share, NOTCH_VOXELS)
+    share = np.where(near.has_walls & (hu < BONE_HU), closed, share)
     around = ndimage.binary_dilation(lung, EVERY_NEIGHBOUR)
     level = np.where(near.has_walls, WALL_HU, np.where(diseased, halfway, NO_LEVEL_HU))
     level = np.where(around, level, NO_LEVEL_HU)
-    share[around & (level > NO_LEVEL_HU)] = np.maximum(share[around & (level > NO_LEVEL_HU)], 0.02)
+    share[level > NO_LEVEL_HU] = np.maximum(share[level > NO_LEVEL_HU], LEAST_SHARE)  # tells the side of walls
     return share.astype(np.float32), level.astype(np.float32)
 
 
