@@ -77,7 +77,10 @@ def fill_each(sides: np.ndarray, scan: CoarseScan) -> np.ndarray:
         core = erode(added & ~forbidden, SLIVER_MM, scan.spacing_mm)
         added &= dilate(core, 4.0 * SLIVER_MM, scan.spacing_mm)
         full = ndimage.binary_fill_holes(near | added | _gutter(near, wall, rays, scan))
-        filled[full & ~forbidden & (filled == 0)] = side
+        pieces, count = ndimage.label(full & ~forbidden & ((filled == 0) | lung))
+        of_lung = np.bincount(pieces[lung], minlength=count + 1) > 0  # the others are traces of air in a table
+        of_lung[0] = False
+        filled[of_lung[pieces]] = side
     return filled
 
 
