@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/radiomics_speed.py
 	$(BIN)/python tests/benchmarks/radiomics_significance.py
 	$(BIN)/python tests/benchmarks/phantom_hardness.py
+	$(BIN)/python tests/benchmarks/lung_field.py
 	$(BIN)/python tests/benchmarks/real_chest.py
 	$(BIN)/python tests/benchmarks/real_series.py
 	$(BIN)/python tests/benchmarks/preprocess_speed.py

@@ -9,10 +9,10 @@ import numpy as np
 from scipy import ndimage
 
 from lungseg.errors import InputError
-from lungseg.scan.lung_mask_sides import airway_of
-from lungseg.scan.lungs import COARSE_MM, LARGE_LITRES, SMALL_LITRES, TRUNCATED_SHARE, LungField
+from lungseg.scan.lung_mask_sides import JUDGED_MM, airway_of
+from lungseg.scan.lungs import TRUNCATED_SHARE, LungField, usual_warnings
 from lungseg.scan.lungs_grid import coarsen
-from lungseg.tissue import LUNG_LEFT, LUNG_MEAN_HU, LUNG_RIGHT
+from lungseg.tissue import LUNG_MEAN_HU
 
 AERATED_HU = (-950.0, -500.0)
 """Lung that is neither empty nor full: what a mask must not leave out."""
@@ -63,8 +63,8 @@ def check_lungs(labels: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[flo
 
 def _misfits(lung: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> list[str]:
     """What lies beside the mask and should not, and what lies inside and should not."""
-    hu, coarse_mm = coarsen(volume_hu, spacing_mm, COARSE_MM)
-    share, _ = coarsen(lung, spacing_mm, COARSE_MM)
+    hu, coarse_mm = coarsen(volume_hu, spacing_mm, JUDGED_MM)
+    share, _ = coarsen(lung, spacing_mm, JUDGED_MM)
     mask = share >= 0.5
     airway = airway_of(hu, coarse_mm)
     found = []
@@ -104,21 +104,10 @@ def _shell(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarr
 
 
 def _usual_warnings(labels: np.ndarray, volume_ml: float) -> list[str]:
-    """The warnings of :func:`find_lungs`, in its words: the first ones of each are stable."""
-    found = []
-    if volume_ml < SMALL_LITRES * 1000.0:
-        found.append(f"small lung volume: {volume_ml:.0f} ml (below {SMALL_LITRES:g} L)")
-    if volume_ml > LARGE_LITRES * 1000.0:
-        found.append(f"large lung volume: {volume_ml:.0f} ml (above {LARGE_LITRES:g} L)")
-    names = {LUNG_LEFT: "left", LUNG_RIGHT: "right"}
-    present = [name for side, name in names.items() if (labels == side).any()]
-    if len(present) == 1:
-        found.append(f"one lung only: the mask holds nothing but the {present[0]} lung")
-    areas = [np.count_nonzero(labels, axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
-    cut = [[float(area[end]) / float(area.max()) > TRUNCATED_SHARE for end in (0, -1)] for area in areas]
-    ends = [name for name, is_cut in zip(("lowest", "highest"), cut[0], strict=True) if is_cut]
-    if ends:
-        found.append(f"truncated: the lung is cut at the {' and the '.join(ends)} slice")
-    if any(cut[1]) or any(cut[2]):
-        found.append("truncated: the lung is cut at the side of the field of view")
+    """The warnings of :func:`find_lungs`."""
+    found = usual_warnings(labels, volume_ml, one_lung="the mask holds nothing but the {} lung")
+    for axis in (1, 2):
+        area = np.count_nonzero(labels, axis=tuple(other for other in range(3) if other != axis))
+        if max(area[0], area[-1]) > TRUNCATED_SHARE * area.max():
+            return [*found, "truncated: the lung is cut at the side of the field of view"]
     return found

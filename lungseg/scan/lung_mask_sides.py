@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from lungseg.scan.lungs import AIR_HU, BODY_HU, COARSE_MM
+from lungseg.scan.lungs import AIR_HU, BODY_HU
 from lungseg.scan.lungs_airway import find_airway
 from lungseg.scan.lungs_grid import coarsen
 from lungseg.scan.lungs_sides import split_sides
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
+JUDGED_MM = 2.0
+"""Voxel size of the copy on which masks are judged: fine enough for a main bronchus, coarse enough to be quick."""
 AGREEING_SHARE = 0.9
 """Share of the rows with both lungs in which the left one lies to the left; it is 1 in every chest of the test data."""
 BEYOND_SHARE = 0.15
@@ -52,11 +54,11 @@ def sides_by_position(lung: np.ndarray, volume_hu: np.ndarray, spacing_mm: tuple
     uint8 array, same shape
         1 left, 2 right, 0 outside of ``lung``. Decided on voxels of about 2 mm, by :func:`split_sides`.
     """
-    share, coarse_mm = coarsen(lung, spacing_mm, COARSE_MM)
+    share, coarse_mm = coarsen(lung, spacing_mm, JUDGED_MM)
     coarse = share >= 0.5
     if not coarse.any():
         coarse = share > 0.0  # thinner than a coarse voxel
-    hu, _ = coarsen(volume_hu, spacing_mm, COARSE_MM)
+    hu, _ = coarsen(volume_hu, spacing_mm, JUDGED_MM)
     sides = split_sides(coarse, hu, np.zeros_like(coarse), coarse_mm)
     if len(np.unique(sides)) < 3:  # one lung, or two that the mask joins widely
         neck = _neck(coarse)

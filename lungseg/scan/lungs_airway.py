@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from lungseg.scan.lungs_closing import dilate, erode
+
 SEED_HU = -850.0
 SEED_AREA_MM2 = (25.0, 700.0)
 """Cross-section of a trachea, child to adult (general knowledge: adult 200-300 mm2, up to 500 in men)."""
@@ -20,10 +22,12 @@ LEAK_ML = 12.0
 BRONCHUS_RADIUS_MM = 2.6
 """Parts thinner than this are bronchi inside the lung and stay there."""
 WALL_MM = 2.2
-"""The wall, taken out with the lumen."""
+"""The wall, taken out with the lumen; at least one voxel of the scan, which blurs the wall."""
 
 
-def find_airway(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+def find_airway(
+    hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float], *, pixel_mm: float = 0.0
+) -> np.ndarray:
     """Trachea and main bronchi with their wall, bool; empty if no trachea is seen.
 
     Parameters
@@ -34,19 +38,19 @@ def find_airway(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float,
         Air inside the body.
     spacing_mm
         Voxel size.
+    pixel_mm
+        Pixel size of the scan itself.
     """
     seed = _trachea(hu, air, spacing_mm)
     if not seed.any():
         return seed
     grown = _grow(hu, air, seed, spacing_mm)
-    inner = ndimage.distance_transform_edt(grown, sampling=spacing_mm) >= BRONCHUS_RADIUS_MM
+    inner = erode(grown, BRONCHUS_RADIUS_MM, spacing_mm)
     pieces, _ = ndimage.label(inner | seed)
     ids = np.unique(pieces[seed])
     thick = np.isin(pieces, ids[ids > 0])
-    reach = ndimage.distance_transform_edt(~thick, sampling=spacing_mm)
-    lumen = grown & (reach <= BRONCHUS_RADIUS_MM + 1.0)
-    wall: np.ndarray = ndimage.distance_transform_edt(~lumen, sampling=spacing_mm) <= WALL_MM
-    return wall
+    lumen = grown & dilate(thick, BRONCHUS_RADIUS_MM + 1.0, spacing_mm)
+    return dilate(lumen, max(WALL_MM, pixel_mm), spacing_mm)
 
 
 def _trachea(hu: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:

@@ -1,31 +1,18 @@
-"""Left and right lung out of the aerated pieces, and the closing that brings dense lung back into each."""
+"""Left and right lung out of the aerated pieces of a chest."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
 
-from lungseg.scan.lungs_grid import axis_weights, spread
 from lungseg.tissue import LUNG_LEFT, LUNG_RIGHT
 
 EROSIONS_MM = (2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
 """Depths tried to cut a bridge (anterior junction, trachea remnant) between two lungs."""
 PARTNER_SHARE = 0.2
 """Smaller pieces are no second lung when a joined pair is looked for."""
-COSTAL_CLOSING_MM = 70.0
-"""Radius at the chest wall, where a lung is convex: it cuts w^2 / 2R off a gap of half-width w, 1.6 mm for w = 15 mm
-(more where the wall is curved)."""
-CLOSING_MM = 15.0
-"""Radius at the diaphragm, which is hollowed by nature."""
-MEDIAL_CLOSING_MM = 6.0
-"""Radius at the mediastinum: fills vessels at the hilum without cutting corners at heart and spine."""
-NUM_RAYS = 120
-MAX_DEPTH_MM = 35.0
-"""Nothing is added at the chest wall further than this beyond the outermost lung on its ray."""
-SLIVER_MM = 3.0
-"""Half the thickness below which parts of the large closing are dropped."""
-BONE_HU = 180.0
-"""Nothing denser is added by the closing (ribs, spine)."""
+MIN_ROWS = 8
+"""Rows with both lungs from which the plane between them is fitted."""
 
 
 def split_sides(
@@ -33,61 +20,74 @@ def split_sides(
 ) -> np.ndarray:
     """Aerated lung as 1 (left, larger x) and 2 (right), uint8, same shape.
 
-    Two lungs are told apart by their position to each other, so a patient off centre does no harm. A single lung
-    is named after its position to the trachea, else after the side on which it is hollowed by heart and hilum.
+    Two lungs are told apart by their position to each other, so a patient off centre does no harm: the two largest
+    pieces that lie beside each other give a plane between the lungs, and every other piece belongs to its side of it.
+    Lungs that touch are eroded until they part, and each voxel follows the nearest remaining piece. A single lung is
+    named after its position to the trachea, else after the side on which it is hollowed by heart and hilum.
     """
-    pieces, count = ndimage.label(lung)
-    sizes = np.bincount(pieces.ravel())[1:]
-    centres = np.asarray(ndimage.center_of_mass(lung, pieces, range(1, count + 1))) * np.asarray(spacing_mm)
-    main = int(sizes.argmax())
-    side_by_side = [
-        _is_beside(centres[k] - centres[main]) and sizes[k] > PARTNER_SHARE * sizes[main] for k in range(count)
-    ]
     sides = np.zeros(lung.shape, dtype=np.uint8)
-    if not any(side_by_side):
-        halves = _split_pair(pieces == main + 1, spacing_mm)
-        if halves is None:
-            sides[lung] = _single_side(lung, hu, airway)
-            return sides
-        right_mm, left_mm = _centre_x(halves[0], spacing_mm), _centre_x(halves[1], spacing_mm)
-        sides[halves[0]], sides[halves[1]] = LUNG_RIGHT, LUNG_LEFT
-        rest = [k for k in range(count) if k != main]
-    else:
-        partner = max((k for k in range(count) if side_by_side[k]), key=lambda k: sizes[k])
-        left_mm = max(centres[main][2], centres[partner][2])
-        right_mm = min(centres[main][2], centres[partner][2])
-        rest = list(range(count))
-    for k in rest:
-        nearer_left = abs(centres[k][2] - left_mm) < abs(centres[k][2] - right_mm)
-        sides[pieces == k + 1] = LUNG_LEFT if nearer_left else LUNG_RIGHT
+    if not lung.any():
+        return sides
+    depth: np.ndarray | None = None
+    for cut_mm in (0.0, *EROSIONS_MM):
+        if cut_mm and depth is None:
+            depth = ndimage.distance_transform_edt(lung, sampling=spacing_mm)
+        seeds = lung if depth is None else depth > cut_mm
+        pieces, count = ndimage.label(seeds)
+        pair = _side_by_side(pieces, count, spacing_mm)
+        if pair is None:
+            continue
+        of_piece = _sides_of_pieces(pieces, count, pair, spacing_mm)
+        if depth is None:
+            return of_piece[pieces]
+        _, nearest = ndimage.distance_transform_edt(~seeds, sampling=spacing_mm, return_indices=True)
+        named = of_piece[pieces]
+        sides[lung] = named[tuple(nearest[:, lung])]
+        return sides
+    sides[lung] = _single_side(lung, hu, airway)
     return sides
 
 
-def fill_each(
-    sides: np.ndarray, hu: np.ndarray, airway: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
-    """Both lungs closed: vessels, holes and dense disease at the pleura added; uint8 side labels.
+def _side_by_side(pieces: np.ndarray, count: int, spacing_mm: tuple[float, float, float]) -> tuple[int, int] | None:
+    """Labels of the right and the left lung: the largest piece and the largest one beside it; None if none is."""
+    if count < 2:
+        return None
+    sizes = np.bincount(pieces.ravel())[1:]
+    main = int(sizes.argmax())
+    large = [int(k) for k in np.flatnonzero(sizes > PARTNER_SHARE * sizes[main])]
+    centres = np.asarray(ndimage.center_of_mass(pieces > 0, pieces, [k + 1 for k in large])) * np.asarray(spacing_mm)
+    centre = centres[large.index(main)]
+    beside = [(int(sizes[k]), k, c) for k, c in zip(large, centres, strict=True) if _is_beside(c - centre)]
+    if not beside:
+        return None
+    _, partner, its_centre = max(beside, key=lambda item: item[0])
+    right, left = (partner, main) if its_centre[2] < centre[2] else (main, partner)
+    return right + 1, left + 1
 
-    Nothing is added in bone, in the airway, or where it belongs to the other lung.
-    """
-    closed = sides.copy()
-    forbidden = airway | (hu > BONE_HU)
-    for side in (LUNG_LEFT, LUNG_RIGHT):
-        lung = sides == side
-        if not lung.any():
-            continue
-        near = _close(lung, MEDIAL_CLOSING_MM, spacing_mm)
-        far = _close(lung, CLOSING_MM, spacing_mm)
-        added = far & ~_is_medial(lung, side) & ~near
-        added |= (
-            _close_coarsely(lung, COSTAL_CLOSING_MM, spacing_mm) & _is_costal(lung, sides, side, spacing_mm) & ~near
-        )
-        # Slivers of a large closing are steps of its own making, or the prints of ribs, not disease.
-        core = ndimage.distance_transform_edt(added & ~forbidden, sampling=spacing_mm) > SLIVER_MM
-        added &= ndimage.distance_transform_edt(~core, sampling=spacing_mm) <= 4.0 * SLIVER_MM
-        full = ndimage.binary_fill_holes(near | added)
-        closed[full & ~forbidden & (closed == 0)] = side
-    return closed
+
+def _sides_of_pieces(
+    pieces: np.ndarray, count: int, pair: tuple[int, int], spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Side label of each piece (index 0: none), uint8, by the plane halfway between the pair, row by row."""
+    right, left = (pieces == label for label in pair)
+    columns = np.arange(pieces.shape[2])
+    last_right = np.where(right, columns, -1).max(axis=2)
+    first_left = np.where(left, columns, pieces.shape[2]).min(axis=2)
+    both = (last_right >= 0) & (first_left < pieces.shape[2])
+    z, y = np.nonzero(both)
+    if len(z) >= MIN_ROWS:
+        terms = np.stack([np.ones(len(z)), z - z.mean(), y - y.mean()], axis=1)
+        fitted, *_ = np.linalg.lstsq(terms, (last_right[both] + first_left[both]) / 2.0, rcond=None)
+        rows = np.indices(both.shape)
+        middle = fitted[0] + fitted[1] * (rows[0] - z.mean()) + fitted[2] * (rows[1] - y.mean())
+    else:
+        centres = [_centre_x(half, spacing_mm) / spacing_mm[2] for half in (right, left)]
+        middle = np.full(both.shape, np.mean(centres))
+    to_left = np.bincount(pieces.ravel(), weights=(columns > middle[:, :, None]).ravel(), minlength=count + 1)
+    of_piece = np.where(to_left > 0.5 * np.bincount(pieces.ravel(), minlength=count + 1), LUNG_LEFT, LUNG_RIGHT)
+    of_piece[0] = 0
+    of_piece[list(pair)] = LUNG_RIGHT, LUNG_LEFT
+    return of_piece.astype(np.uint8)
 
 
 def _is_beside(shift_mm: np.ndarray) -> bool:
@@ -98,28 +98,6 @@ def _is_beside(shift_mm: np.ndarray) -> bool:
 def _centre_x(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
     counts = np.count_nonzero(mask, axis=(0, 1))
     return float((counts * np.arange(len(counts))).sum() / counts.sum()) * spacing_mm[2]
-
-
-def _split_pair(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Right and left half of two lungs that touch; ``None`` if there is only one lung."""
-    depth = ndimage.distance_transform_edt(mask, sampling=spacing_mm)
-    for cut_mm in EROSIONS_MM:
-        pieces, count = ndimage.label(depth > cut_mm)
-        if count < 2:
-            continue
-        sizes = np.bincount(pieces.ravel())[1:]
-        first, second = np.argsort(-sizes)[:2] + 1
-        if sizes[second - 1] < PARTNER_SHARE * sizes[first - 1]:
-            continue
-        centres = np.asarray(ndimage.center_of_mass(mask, pieces, [first, second])) * np.asarray(spacing_mm)
-        if not _is_beside(centres[1] - centres[0]):
-            continue
-        right, left = (first, second) if centres[0][2] < centres[1][2] else (second, first)
-        to_right = ndimage.distance_transform_edt(pieces != right, sampling=spacing_mm)
-        to_left = ndimage.distance_transform_edt(pieces != left, sampling=spacing_mm)
-        is_right = mask & (to_right <= to_left)
-        return is_right, mask & ~is_right
-    return None
 
 
 def _single_side(lung: np.ndarray, hu: np.ndarray, airway: np.ndarray) -> int:
@@ -141,68 +119,3 @@ def _single_side(lung: np.ndarray, hu: np.ndarray, airway: np.ndarray) -> int:
                 hollow[step] += int(np.maximum(line[rows] - chord, 0.0).sum())
     # Seen from small x the right lung shows its costal side, the left lung its hollow one.
     return LUNG_LEFT if hollow[1] > hollow[-1] else LUNG_RIGHT
-
-
-def _is_medial(lung: np.ndarray, side: int) -> np.ndarray:
-    """Voxels that have lung of this side laterally but none medially on their row."""
-    from_right = np.logical_or.accumulate(lung, axis=2)
-    from_left = np.logical_or.accumulate(lung[:, :, ::-1], axis=2)[:, :, ::-1]
-    medial: np.ndarray = from_left & ~from_right if side == LUNG_LEFT else from_right & ~from_left
-    return medial
-
-
-def _is_costal(lung: np.ndarray, sides: np.ndarray, side: int, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Voxels beyond the outermost lung on their ray from the middle of the chest, slice by slice.
-
-    A gap in a lung that reaches the chest wall has lung only on the inner side of its ray; heart, spine and the
-    dome of the diaphragm have none there.
-    """
-    _, y, x = np.nonzero(lung)
-    other = np.nonzero((sides > 0) & (sides != side))[2]
-    edge_x = float(x.min() if side == LUNG_LEFT else x.max())
-    middle_x = (x.mean() + other.mean()) / 2.0 if len(other) else edge_x
-    rows = (np.arange(lung.shape[1]) - y.mean())[:, None] * spacing_mm[1]
-    columns = (np.arange(lung.shape[2]) - middle_x)[None, :] * spacing_mm[2]
-    radius = np.hypot(rows, columns)
-    ray = ((np.arctan2(rows, columns) + np.pi) / (2.0 * np.pi) * NUM_RAYS).astype(np.int64) % NUM_RAYS
-    costal = np.zeros_like(lung)
-    for z in np.flatnonzero(lung.any(axis=(1, 2))):
-        reach = np.full(NUM_RAYS, np.inf)
-        inside = lung[z]
-        furthest = np.full(NUM_RAYS, -1.0)
-        np.maximum.at(furthest, ray[inside], radius[inside])
-        reach[furthest > 0] = furthest[furthest > 0]
-        costal[z] = (radius > reach[ray]) & (radius < reach[ray] + MAX_DEPTH_MM)
-    return costal
-
-
-def _close_coarsely(mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Closing by a large ball on voxels twice as large, brought back by linear interpolation."""
-    shape = [(n + 1) // 2 for n in mask.shape]
-    coarse_mm = tuple(n * s / m for n, s, m in zip(mask.shape, spacing_mm, shape, strict=True))
-    grids = list(zip(mask.shape, spacing_mm, shape, coarse_mm, strict=True))
-    down = [axis_weights(m, c, n, s) for n, s, m, c in grids]
-    up = [axis_weights(n, s, m, c) for n, s, m, c in grids]
-    coarse = np.stack(list(spread(mask, down))) > 0.5
-    if not coarse.any():
-        return mask
-    closed = _close(coarse, radius_mm, coarse_mm)
-    return np.stack([plane > 0.5 for plane in spread(closed, up)])
-
-
-def _close(mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Closing by a ball; the first and last slice count as repeated beyond the scan."""
-    margins = [int(np.ceil(radius_mm / s)) + 1 for s in spacing_mm]
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]
-    part = np.pad(mask[box], [(m, m) for m in margins])
-    for end, slot in ((0, np.s_[: margins[0]]), (-1, np.s_[-margins[0] :])):
-        is_cut = box[0].start == 0 if end == 0 else box[0].stop == mask.shape[0]
-        if is_cut:
-            part[slot] = part[margins[0] if end == 0 else -margins[0] - 1]
-    grown = ndimage.distance_transform_edt(~part, sampling=spacing_mm) <= radius_mm
-    # Beyond the padding everything is grown if the slice is cut there, so pad before shrinking back.
-    shrunk = ndimage.distance_transform_edt(grown, sampling=spacing_mm) > radius_mm
-    inner = tuple(slice(m, -m) for m in margins)
-    closed = mask.copy()
-    closed[box] |= shrunk[inner]
-    return closed

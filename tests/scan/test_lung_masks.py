@@ -318,7 +318,7 @@ def test_the_usual_warnings_are_those_of_our_own_lungs(monkeypatch: pytest.Monke
     field = lungs_from_mask(Volume(np.ascontiguousarray(SIDES[:20]), cut.geometry), cut).field
     assert [text.split(":")[0] for text in field.warnings] == ["small lung volume", "truncated"]
     assert "highest slice" in field.warnings[1]
-    monkeypatch.setattr("lungseg.scan.lung_mask_checks.COARSE_MM", 8.0)  # a large chest takes long at 2 mm
+    monkeypatch.setattr("lungseg.scan.lung_mask_checks.JUDGED_MM", 8.0)  # a large chest takes long at 2 mm
     large = Geometry(GRID.shape, (10.0, 10.0, 10.0))
     field = lungs_from_mask(Volume(SIDES, large), Volume(CHEST.array, large)).field
     assert field.warnings[0] == f"large lung volume: {field.volume_ml:.0f} ml (above 9 L)"

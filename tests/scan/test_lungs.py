@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from lungseg.errors import InputError
 from lungseg.scan.lungs import LungField, find_lungs
@@ -64,12 +65,27 @@ def test_disease_stays_inside(moderate: Phantom) -> None:
         assert (field.labels[moderate.labels == tissue] > 0).mean() > 0.96
 
 
-@pytest.mark.xfail(strict=True, reason="known limit of the closing: dense disease at the pleura is partly cut off")
-@pytest.mark.parametrize(("tissue", "bar"), [(Tissue.FIBROSIS, 0.96), (Tissue.CONSOLIDATION, 0.80)])
+FIRST_VOXELS = "0.94 of it: what is lost are its outermost voxels, walls at the pleura as dense as muscle"
+
+
+@pytest.mark.parametrize(
+    ("tissue", "bar"),
+    [
+        pytest.param(Tissue.FIBROSIS, 0.96, marks=pytest.mark.xfail(strict=True, reason=FIRST_VOXELS)),
+        (Tissue.FIBROSIS, 0.93),
+        (Tissue.CONSOLIDATION, 0.80),
+        (Tissue.CONSOLIDATION, 0.92),
+    ],
+)
 def test_dense_disease_stays_inside(moderate: Phantom, tissue: Tissue, bar: float) -> None:
-    """0.85 and 0.79 of the phantom's, whose rinds and consolidations at the pleura are larger than the closing."""
     field = find_lungs(moderate.volume_hu, SPACING)
     assert (field.labels[moderate.labels == tissue] > 0).mean() > bar
+
+
+def test_lost_fibrosis_is_within_one_voxel(moderate: Phantom) -> None:
+    field = find_lungs(moderate.volume_hu, SPACING)
+    beyond_mm = ndimage.distance_transform_edt(field.labels == 0, sampling=SPACING)
+    assert (beyond_mm[moderate.labels == Tissue.FIBROSIS] <= 2.0).mean() > 0.985
 
 
 @pytest.mark.slow
@@ -82,11 +98,76 @@ def test_other_seeds(seed: int, severity: str, bar: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "spacing", [(8.0, 1.5, 1.5), (4.0, 4.0, 4.0), pytest.param((1.3, 1.3, 1.3), marks=pytest.mark.slow)]
+    "spacing",
+    [
+        (8.0, 1.5, 1.5),
+        (10.0, 1.5, 1.5),
+        (4.0, 4.0, 4.0),
+        (1.0, 2.0, 2.0),
+        pytest.param((1.3, 1.3, 1.3), marks=pytest.mark.slow),
+    ],
 )
 def test_other_spacings(spacing: tuple[float, float, float]) -> None:
     phantom = make_phantom(PhantomSpec(extent_mm=(130.0, 160.0, 200.0), spacing_mm=spacing), seed=3)
     assert_dice(find_lungs(phantom.volume_hu, spacing), phantom.lungs, 0.94)
+
+
+@pytest.mark.slow
+def test_half_millimetre_voxels_change_nothing(healthy: Phantom, healthy_field: LungField) -> None:
+    fine = healthy.volume_hu.repeat(4, axis=0).repeat(2, axis=1).repeat(2, axis=2)
+    field = find_lungs(fine, (0.5, 0.625, 0.625))
+    expected = healthy_field.labels.repeat(4, axis=0).repeat(2, axis=1).repeat(2, axis=2)
+    assert_dice(field, expected, 0.985)
+    assert field.warnings == ()
+
+
+@pytest.mark.parametrize("variants", [("arms-down",), ("no-table",), ("arms-down", "circle")])
+def test_arms_and_table_do_not_matter(variants: tuple[str, ...]) -> None:
+    spec = PhantomSpec(spacing_mm=(3.0, 1.6, 1.6), variants=variants)
+    phantom = make_phantom(spec, seed=5)
+    assert_dice(find_lungs(phantom.volume_hu, spec.spacing_mm), phantom.lungs, 0.965)
+
+
+def test_row_22_lungs_cut_by_the_field_of_view_are_truncated() -> None:
+    spec = PhantomSpec(spacing_mm=(3.0, 1.6, 1.6), variants=("truncated", "circle"))
+    phantom = make_phantom(spec, seed=6)
+    field = find_lungs(phantom.volume_hu, spec.spacing_mm)
+    assert any(warning.startswith("truncated: the lung is cut at the side") for warning in field.warnings)
+    inside = phantom.volume_hu > -1024
+    assert_dice(field, np.where(inside, phantom.lungs, 0), 0.94)
+
+
+@pytest.mark.parametrize("padding_hu", [-3024, -2048, -1024])
+def test_row_14_padding_is_no_lung(healthy: Phantom, healthy_field: LungField, padding_hu: int) -> None:
+    volume = healthy.volume_hu.copy()
+    y, x = np.ogrid[-1 : 1 : volume.shape[1] * 1j, -1 : 1 : volume.shape[2] * 1j]
+    outside = y**2 + x**2 > 1.05
+    volume[:, outside] = padding_hu
+    field = find_lungs(volume, SPACING)
+    assert not field.labels[:, outside].any()
+    assert_dice(field, healthy_field.labels, 0.99)
+    assert field.mean_hu == pytest.approx(healthy_field.mean_hu, abs=5.0)
+
+
+def test_very_large_lungs_are_warned_about(healthy: Phantom) -> None:
+    field = find_lungs(healthy.volume_hu, tuple(2.0 * s for s in SPACING))
+    assert field.volume_ml > 9000.0
+    assert {"large"} == starts(field)
+
+
+@pytest.mark.parametrize("side", [LUNG_LEFT, LUNG_RIGHT])
+def test_consolidation_beside_the_spine_stays_inside(healthy: Phantom, side: int) -> None:
+    """It touches spine and ribs on all sides but the lateral one, with lung above and below."""
+    lungs = healthy.lungs == side
+    z, _, x = np.indices(lungs.shape)
+    lesion = lungs & (z > 30) & (z < 42) & (np.abs(x - lungs.shape[2] / 2) < 24)
+    lesion &= np.arange(lungs.shape[1])[None, :, None] > 96
+    assert lesion.sum() * healthy.geometry.voxel_ml > 5.0
+    volume = healthy.volume_hu.copy()
+    volume[lesion] = 30
+    field = find_lungs(volume, SPACING)
+    assert (field.labels[lesion] == side).mean() > 0.9
+    assert_dice(field, healthy.lungs, 0.97)
 
 
 def test_input_types_padding_and_nan_do_not_matter(healthy: Phantom, healthy_field: LungField) -> None:
@@ -122,7 +203,7 @@ def test_slab_is_truncated(healthy: Phantom) -> None:
 
 def test_single_slice(healthy: Phantom) -> None:
     field = find_lungs(healthy.volume_hu[40:41], SPACING)
-    assert_dice(field, healthy.lungs[40:41], 0.95)
+    assert_dice(field, healthy.lungs[40:41], 0.94)  # without a trachea main bronchi that open into it stay lung
 
 
 @pytest.mark.parametrize("side", [LUNG_LEFT, LUNG_RIGHT])
