@@ -49,6 +49,8 @@ class CaseScores:
     confusions: Mapping[str, list[CaseConfusion]] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
     """What is wrong, by method; '' for the reference. Free of paths."""
+    resampled: tuple[str, ...] = ()
+    """Methods whose prediction came from another grid."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Side:
 
     labels: np.ndarray
     spacing_mm: Triple
+    is_resampled: bool = False
+    """Taken from a file on another grid, by `--resample-to reference`."""
 
 
 def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
@@ -68,6 +72,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     scores: dict[str, list[ClassScore]] = {}
     confusions: dict[str, list[CaseConfusion]] = {}
     problems: dict[str, str] = {}
+    resampled = []
     if reference is None:
         problems[""] = "there is a prediction but no reference: not scored"
     lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
@@ -82,6 +87,8 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
                 scores[method.name] = _without_prediction(pair, reference, lungs, scoring)
                 continue
             scores[method.name] = _score(pair, side, reference, lungs, scoring)
+            if side.is_resampled:
+                resampled.append(method.name)
             if scoring.oracle:
                 confusions[method.name] = confusion_of_case(
                     side.labels,
@@ -94,7 +101,10 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
         except LungsegError as error:
             problems[method.name] = nameless(str(error), pair, scoring)
             log.debug("evaluate: %s", error)
-    return _outcome(CaseScores({name: rows for name, rows in scores.items() if rows}, confusions, problems))
+    found = {name: rows for name, rows in scores.items() if rows}
+    if not found and problems.keys() == {""}:
+        problems[""] = "there is neither a reference nor a prediction"
+    return _outcome(CaseScores(found, confusions, problems, tuple(resampled)))
 
 
 def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNaming]) -> CaseReturn:
@@ -213,24 +223,27 @@ def read_prediction(pair: Pair, index: int, scoring: Scoring, grid: Geometry | N
     method, path = scoring.methods[index], pair.predictions[index]
     name = _prediction_name(method)
     if method.store is not None:
-        return _from_store(method.store, pair.case_id, method.clustering, grid) if grid is not None else None
+        return _from_store(method.store, pair.case_id, method.clustering, grid)
     if path is None:
         return None
     image = read_labels(path, method.mapping, name=name, option=LABEL_MAP)
     image = replace(image, volume=_in_view(image.volume, scoring.view, name))
     if grid is None:
         return Side(image.volume.array, image.volume.geometry.spacing_mm)
-    return Side(onto_reference(image, grid, resample=scoring.resample, name=name), grid.spacing_mm)
+    labels, is_resampled = onto_reference(image, grid, resample=scoring.resample, name=name)
+    return Side(labels, grid.spacing_mm, is_resampled)
 
 
-def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry) -> Side | None:
-    """Predicted labels of a store, on the reference's grid."""
+def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry | None) -> Side | None:
+    """Predicted labels of a store, on the reference's grid, or without one on their scan's."""
     if not store.case_file(case_id, "labels", clustering).exists():
         return None
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", clustering) as artefact:
         artefact.require_input("volume.h5", volume.fingerprint)
         labels, _, _ = source_labels(volume, artefact.read("labels"))
         source = Geometry.from_dict(volume.provenance["source"]["grid"])
+    if grid is None:
+        return Side(labels, source.spacing_mm)
     return Side(resample_onto(labels, source, grid, kind="mask", fill=OUTSIDE), grid.spacing_mm)
 
 
