@@ -233,7 +233,9 @@ def unusable_scores(*, view: View, case_id: str, patient_id: str) -> list[ClassS
     RELIABILITY row 71.
     """
     nan = math.nan
-    return [ClassScore(case_id, patient_id, name, UNUSABLE, *[nan] * 9) for name in view]
+    return [
+        ClassScore(case_id, patient_id, name, UNUSABLE, nan, nan, nan, nan, nan, nan, nan, nan, nan) for name in view
+    ]
 
 
 @dataclass(frozen=True)

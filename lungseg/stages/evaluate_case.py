@@ -14,6 +14,7 @@ from lungseg.evaluation.overlap import missing_prediction_scores, missing_refere
 from lungseg.evaluation.scores import SLICES, ClassScore, ScoreSettings
 from lungseg.scan.label_images import LabelImage, onto_reference, read_labels
 from lungseg.scan.label_maps import LabelMap
+from lungseg.scan.privacy import replace_path
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Triple, Volume
 from lungseg.stages.cohort import DONE, FAILED, CaseReturn
@@ -135,10 +136,10 @@ def _outcome(result: CaseScores) -> CaseReturn:
 def nameless(text: str, pair: Pair, scoring: Scoring) -> str:
     """A message without the files it is about: their names may be patients'."""
     if pair.reference is not None:
-        text = text.replace(str(pair.reference), THE_REFERENCE)
+        text = replace_path(text, pair.reference, THE_REFERENCE)
     for path, method in zip(pair.predictions, scoring.methods, strict=True):
         if path is not None:
-            text = text.replace(str(path), _prediction_name(method))
+            text = replace_path(text, path, _prediction_name(method))
     return text
 
 
