@@ -115,7 +115,7 @@ def evaluate(
     problems = _problems(outcomes)
     oracle, namings, oracle_notes = _oracle(plan, scoring, outcomes, scores, execution)
     summaries = summarise_methods(scores, oracle, settings=settings, num_bootstrap=config.bootstrap, seed=config.seed)
-    notes = (*_problem_notes(problems), *plan.notes, *_resampling_notes(plan, outcomes), *oracle_notes)
+    notes = (*_problem_notes(problems), *plan.notes, *_reading_notes(plan, outcomes), *oracle_notes)
     summaries = (dataclasses.replace(summaries[0], notes=notes), *summaries[1:])
     comparison = compare_methods(scores, num_bootstrap=config.bootstrap, seed=config.seed) if len(scores) > 1 else None
     figures = {
@@ -212,8 +212,8 @@ def _problem_notes(problems: Sequence[Mapping[str, str]]) -> list[str]:
     return notes
 
 
-def _resampling_notes(plan: ScoringPlan, outcomes: Sequence[CaseOutcome]) -> list[str]:
-    """Which predictions were not scored on their own grid."""
+def _reading_notes(plan: ScoringPlan, outcomes: Sequence[CaseOutcome]) -> list[str]:
+    """Which predictions were not scored on their own grid, or hold what the view has no place for."""
     notes = []
     for method in plan.methods:
         moved = [outcome.case_id for outcome in outcomes if method.name in _value(outcome).resampled]
@@ -221,6 +221,13 @@ def _resampling_notes(plan: ScoringPlan, outcomes: Sequence[CaseOutcome]) -> lis
             notes.append(
                 f"{method.name}: brought from another grid onto the reference's by nearest voxel, tissue outside of it "
                 f"left out: {listed(moved)}."
+            )
+        ignored = [_value(outcome).left_out.get(method.name, ()) for outcome in outcomes]
+        if any(ignored):
+            classes = ", ".join(sorted({name for names in ignored for name in names}))
+            notes.append(
+                f"{method.name}: {classes} is none of these classes and was left out in "
+                f"{sum(map(bool, ignored))} cases."
             )
     return notes
 

@@ -21,7 +21,7 @@ from lungseg.stages.cohort import DONE, FAILED, CaseReturn
 from lungseg.stages.evaluate_pairs import LABEL_MAP, REFERENCE_LABEL_MAP, Method, Pair, View
 from lungseg.stages.refine import source_labels
 from lungseg.store.cases import Store
-from lungseg.tissue import OUTSIDE, LungLabel, Tissue
+from lungseg.tissue import OUTSIDE, LungLabel, Tissue, class_name
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class CaseScores:
     """What is wrong, by method; '' for the reference. Free of paths."""
     resampled: tuple[str, ...] = ()
     """Methods whose prediction came from another grid."""
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Classes that the view has no place for, by method: lungs among tissues, or tissues among lungs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Side:
     spacing_mm: Triple
     is_resampled: bool = False
     """Taken from a file on another grid, by `--resample-to reference`."""
+    left_out: tuple[str, ...] = ()
+    """Classes of the file that the view has no place for."""
 
 
 def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
@@ -74,6 +78,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     confusions: dict[str, list[CaseConfusion]] = {}
     problems: dict[str, str] = {}
     resampled = []
+    left_out = {}
     if reference is None:
         problems[""] = "there is a prediction but no reference: not scored"
     lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
@@ -88,6 +93,8 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
                 scores[method.name] = _without_prediction(pair, reference, lungs, scoring)
                 continue
             scores[method.name] = _score(pair, side, reference, lungs, scoring)
+            if side.left_out:
+                left_out[method.name] = side.left_out
             if side.is_resampled:
                 resampled.append(method.name)
             if scoring.oracle:
@@ -105,7 +112,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     found = {name: rows for name, rows in scores.items() if rows}
     if not found and problems.keys() == {""}:
         problems[""] = "there is neither a reference nor a prediction"
-    return _outcome(CaseScores(found, confusions, problems, tuple(resampled)))
+    return _outcome(CaseScores(found, confusions, problems, tuple(resampled), left_out))
 
 
 def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNaming]) -> CaseReturn:
@@ -216,7 +223,7 @@ def read_reference(pair: Pair, scoring: Scoring) -> LabelImage | None:
         found = LabelImage(volume, tuple(annotated))
     else:
         return None
-    return replace(found, volume=_in_view(found.volume, scoring.view, THE_REFERENCE))
+    return replace(found, volume=_in_view(found.volume, scoring.view, THE_REFERENCE)[0])
 
 
 def read_prediction(pair: Pair, index: int, scoring: Scoring, grid: Geometry | None) -> Side | None:
@@ -228,11 +235,12 @@ def read_prediction(pair: Pair, index: int, scoring: Scoring, grid: Geometry | N
     if path is None:
         return None
     image = read_labels(path, method.mapping, name=name, option=LABEL_MAP)
-    image = replace(image, volume=_in_view(image.volume, scoring.view, name))
+    volume, left_out = _in_view(image.volume, scoring.view, name)
+    image = replace(image, volume=volume)
     if grid is None:
-        return Side(image.volume.array, image.volume.geometry.spacing_mm)
+        return Side(image.volume.array, image.volume.geometry.spacing_mm, left_out=left_out)
     labels, is_resampled = onto_reference(image, grid, resample=scoring.resample, name=name)
-    return Side(labels, grid.spacing_mm, is_resampled)
+    return Side(labels, grid.spacing_mm, is_resampled, left_out)
 
 
 def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry | None) -> Side | None:
@@ -265,8 +273,8 @@ def _lungs(pair: Pair, scoring: Scoring, grid: Geometry) -> np.ndarray | None:
     return None
 
 
-def _in_view(volume: Volume, view: View, name: str) -> Volume:
-    """The volume, in place without lungs in a view of tissues, and without tissues in a view of lungs.
+def _in_view(volume: Volume, view: View, name: str) -> tuple[Volume, tuple[str, ...]]:
+    """The volume, in place without lungs in a view of tissues, and without tissues in a view of lungs; what it lost.
 
     Raises
     ------
@@ -278,7 +286,10 @@ def _in_view(volume: Volume, view: View, name: str) -> Volume:
     if is_lung_view and LungLabel.LUNG not in kept and (volume.array == LungLabel.LUNG).any():
         raise InputError(f"{name} does not tell the sides of the lung: use --view lung")
     table = np.arange(256, dtype=np.uint8)
-    table[sorted(set(map(int, Tissue if is_lung_view else LungLabel)) - kept)] = OUTSIDE
+    others = sorted(set(map(int, Tissue if is_lung_view else LungLabel)) - kept)
+    table[others] = OUTSIDE
+    present = np.zeros(256, dtype=bool)
     for plane in volume.array:
+        present[plane] = True
         plane[...] = table[plane]
-    return volume
+    return volume, tuple(class_name(i) for i in others if present[i])

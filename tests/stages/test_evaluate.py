@@ -330,3 +330,12 @@ def test_a_damaged_reference_makes_the_case_unusable_for_every_method(
     assert result.exit_code == 8
     assert [method["unusable"] for method in summary["methods"]] == [["case-2"], ["case-2"]]
     assert [row["method"] for row in rows(tmp_path) if row["status"] == "unusable"] == ["a"] * 5 + ["b"] * 5
+
+
+def test_classes_without_a_place_in_the_view_are_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predictions, references = folders
+    names = tmp_path / "names.json"
+    names.write_text('{"lung": 1, "emphysema": 2, "ggo": 3, "fibrosis": 4, "consolidation": 5}', encoding="utf-8")
+    _, summary = run(tmp_path, predictions, reference=references, config=replace(CONFIG, label_map=(str(names),)))
+    assert "tool: lung is none of these classes and was left out in 4 cases." in summary["notes"]
+    assert summary["classes"][0]["num_missed"] == 4
