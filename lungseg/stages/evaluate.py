@@ -32,7 +32,7 @@ from lungseg.scan.discovery import DICOM_SUFFIXES
 from lungseg.scan.label_images import DEFAULT_MAP
 from lungseg.scan.label_maps import LabelMap
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult, output_folder, run_cases
-from lungseg.stages.evaluate_case import CaseScores, Scoring, oracle_scores, score_pair
+from lungseg.stages.evaluate_case import NO_PREDICTION, NO_REFERENCE, CaseScores, Scoring, oracle_scores, score_pair
 from lungseg.stages.evaluate_pairs import Pair, ScoringPlan, make_plan
 from lungseg.stages.evaluate_worst import worst_of_methods
 from lungseg.store.atomic import write_bytes, write_json, write_text
@@ -200,7 +200,7 @@ def _problems(outcomes: Sequence[CaseOutcome]) -> list[dict[str, str]]:
 
 def _problem_notes(problems: Sequence[Mapping[str, str]]) -> list[str]:
     """Sentences for the header of the tables; missing sides have sentences of their own there."""
-    untold = [p for p in problems if not p["problem"].startswith(("there is a reference", "there is a prediction"))]
+    untold = [p for p in problems if p["problem"] not in (NO_PREDICTION, NO_REFERENCE)]
     notes = []
     for problem in untold[:MAX_PROBLEMS]:
         text = re.split(r"(?<=[.)])\s", problem["problem"], maxsplit=1)[0].rstrip(".")

@@ -26,6 +26,9 @@ from lungseg.tissue import OUTSIDE, LungLabel, Tissue, class_name
 log = logging.getLogger(__name__)
 
 THE_REFERENCE = "the reference"
+NO_PREDICTION = "there is a reference but no prediction: scored as missed"
+NO_REFERENCE = "there is a prediction but no reference: not scored"
+"""Problems that have sentences of their own in every table."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     resampled = []
     left_out = {}
     if reference is None:
-        problems[""] = "there is a prediction but no reference: not scored"
+        problems[""] = NO_REFERENCE
     lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
     for index, method in enumerate(scoring.methods):
         try:
@@ -89,7 +92,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
                 continue
             side = read_prediction(pair, index, scoring, reference.volume.geometry)
             if side is None:
-                problems[method.name] = "there is a reference but no prediction: scored as missed"
+                problems[method.name] = NO_PREDICTION
                 scores[method.name] = _without_prediction(pair, reference, lungs, scoring)
                 continue
             scores[method.name] = _score(pair, side, reference, lungs, scoring)
