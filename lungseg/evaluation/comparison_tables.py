@@ -142,8 +142,9 @@ def _power_notes(rows: Sequence[Comparison]) -> list[str]:
     """Where so few patients cannot reach significance, whatever the difference."""
     few = list(dict.fromkeys(row.tissue for row in rows if smallest_p(row.num_patients) > SIGNIFICANCE))
     if few:
+        where = "every class" if all(row.tissue in few for row in rows) else ", ".join(few)
         return [
-            f"Too few patients in {', '.join(few)}: there p cannot fall below {SIGNIFICANCE:g} whatever the difference "
+            f"Too few patients in {where}: there p cannot fall below {SIGNIFICANCE:g} whatever the difference "
             f"(n patients allow 2/2^n at best: 5 give {smallest_p(5):.4f}, 6 give {smallest_p(6):.4f})."
         ]
     sizes = Counter(row.figure for row in rows)

@@ -29,6 +29,7 @@ from lungseg.evaluation.scores import (
     MISSING_REFERENCE,
     SCORED,
     SLICES,
+    UNUSABLE,
     VOLUME,
     ClassScore,
     ScoreSettings,
@@ -216,6 +217,24 @@ def missing_reference_scores(
     return [
         row.uncounted(MISSING_REFERENCE, math.nan, class_counts(counts, ids)[0] * voxel_ml, math.nan)
         for row, ids in zip(rows, view.values(), strict=True)
+    ]
+
+
+def unusable_scores(*, view: View, case_id: str, patient_id: str) -> list[ClassScore]:
+    """Rows of a case of which a side cannot be used: one per class, all `unusable` and ``nan``, so that it is counted.
+
+    Parameters
+    ----------
+    view, case_id, patient_id
+        As in ``score_case``.
+
+    Source
+    ------
+    RELIABILITY row 71.
+    """
+    nan = math.nan
+    return [
+        ClassScore(case_id, patient_id, name, UNUSABLE, nan, nan, nan, nan, nan, nan, nan, nan, nan) for name in view
     ]
 
 

@@ -26,7 +26,10 @@ FALSE_TISSUE = "false tissue"
 ABSENT = "absent"
 MISSING_PREDICTION = "missing prediction"
 MISSING_REFERENCE = "missing reference"
-STATUSES = (SCORED, MISSED, FALSE_TISSUE, ABSENT, MISSING_PREDICTION, MISSING_REFERENCE)
+UNUSABLE = "unusable"
+STATUSES = (SCORED, MISSED, FALSE_TISSUE, ABSENT, MISSING_PREDICTION, MISSING_REFERENCE, UNUSABLE)
+NOT_COMPARED = (MISSING_REFERENCE, UNUSABLE)
+"""Nothing was compared: no reference, or a side that cannot be read or lies on another grid. Counted, in no figure."""
 
 VOLUME, SLICES = "volume", "slices"
 COUNTING_RULES: Mapping[str, str] = {
@@ -42,7 +45,10 @@ COUNTING_RULES: Mapping[str, str] = {
     ),
 }
 """What counts in each mode: printed with every table."""
-PENALTY_DEFINITION = "The penalised HD95 charges a missed class the diagonal of the lung's bounding box."
+PENALTY_DEFINITION = (
+    "The penalised HD95 charges a missed class the diagonal of the lung's bounding box, in slice mode "
+    "that of the box in the plane."
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class ClassScore:
     tissue: str
     """Name of the class in the view."""
     status: str
-    """One of ``STATUSES``."""
+    """One of ``STATUSES``; `unusable`: a side cannot be read, has foreign ids or lies on another grid."""
     dice: float
     """0 to 1; 0 when missed; nan when the class does not count."""
     iou: float

@@ -19,7 +19,9 @@ from lungseg.evaluation.scores import (
     FALSE_TISSUE,
     MISSING_PREDICTION,
     MISSING_REFERENCE,
+    NOT_COMPARED,
     STATUSES,
+    UNUSABLE,
     ClassScore,
     ScoreSettings,
 )
@@ -103,9 +105,9 @@ class Summary:
     overall: ClassSummary
     """Over all class-case pairs."""
     num_cases: int
-    """Distinct cases with a reference."""
+    """Distinct cases compared with a reference, missing predictions included."""
     num_patients: int
-    """Distinct patients with a reference."""
+    """Distinct patients of these cases."""
     num_slices: int
     """Annotated slices scored; 0 for whole volumes."""
     status_counts: tuple[tuple[str, int], ...]
@@ -114,6 +116,8 @@ class Summary:
     """Ids of the cases without a prediction, sorted."""
     missing_references: tuple[str, ...]
     """Ids of the cases without a reference, sorted."""
+    unusable: tuple[str, ...]
+    """Ids of the cases of which a side could not be used, sorted."""
     num_bootstrap: int
     """Bootstrap samples."""
     seed: int
@@ -166,7 +170,7 @@ def summarise(
     names = list(dict.fromkeys(score.tissue for score in scores))
     # Sums of floats depend on their order: sort, so that cases scored in parallel give the same bits.
     ordered = sorted(scores, key=lambda s: (s.patient_id, s.case_id, names.index(s.tissue), s.slice_index or 0))
-    known = [score for score in ordered if score.status != MISSING_REFERENCE]
+    known = [score for score in ordered if score.status not in NOT_COMPARED]
     bootstrap = PatientBootstrap.of([s.patient_id for s in known], num_bootstrap=num_bootstrap, seed=seed)
     counts = Counter(score.status for score in ordered)
     return Summary(
@@ -181,6 +185,7 @@ def summarise(
         status_counts=tuple((status, counts[status]) for status in STATUSES),
         missing_predictions=_case_ids(ordered, MISSING_PREDICTION),
         missing_references=_case_ids(ordered, MISSING_REFERENCE),
+        unusable=_case_ids(ordered, UNUSABLE),
         num_bootstrap=num_bootstrap,
         seed=seed,
     )
@@ -229,7 +234,7 @@ def _case_ids(scores: Sequence[ClassScore], status: str) -> tuple[str, ...]:
 def _summary_row(scores: Sequence[ClassScore], name: str, bootstrap: PatientBootstrap) -> ClassSummary:
     """Summary of the given scores under a name."""
     pairs = [score for score in scores if score.is_averaged]
-    known = [score for score in scores if score.status != MISSING_REFERENCE]
+    known = [score for score in scores if score.status not in NOT_COMPARED]
     false_ml = [score.predicted_ml for score in scores if score.status == FALSE_TISSUE]
     values = {figure: _values(pairs, figure) for figure in AVERAGED}
     overlaps, sizes = _pooled(known)

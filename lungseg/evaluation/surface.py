@@ -20,16 +20,17 @@ HD_PERCENTILE = 95.0
 BORDER, SURFACE, MEDPY = "border", "surface", "medpy"
 HD95_DEFINITIONS: Mapping[str, str] = {
     BORDER: (
-        "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, larger of the two directed "
-        "95th percentiles (MONAI's definition)."
+        "HD95 in mm: border voxels (mask minus its 6-connected erosion; 4-connected in a slice), physical spacing, "
+        "larger of the two directed 95th percentiles (MONAI's definition)."
     ),
     SURFACE: (
-        "HD95 in mm: surface elements weighted by their area (marching cubes between voxel centres), physical spacing, "
-        "larger of the two directed 95th percentiles of area (the definition of the package surface-distance)."
+        "HD95 in mm: surface elements weighted by their area (marching cubes between voxel centres; in a slice by "
+        "their length), physical spacing, larger of the two directed 95th percentiles of area (the definition of the "
+        "package surface-distance)."
     ),
     MEDPY: (
-        "HD95 in mm: border voxels (mask minus its 6-connected erosion), physical spacing, 95th percentile of both "
-        "directions pooled (medpy's definition)."
+        "HD95 in mm: border voxels (mask minus its 6-connected erosion; 4-connected in a slice), physical spacing, "
+        "95th percentile of both directions pooled (medpy's definition)."
     ),
 }
 """What each choice of HD95 means: printed with every table (METHOD 0.4)."""
@@ -40,8 +41,8 @@ ASSD_DEFINITION = "ASSD in mm: mean distance of border voxels to the other borde
 def surface_dice_definition(tolerance_mm: float) -> str:
     """Sentence that says what the surface Dice of a table is."""
     return (
-        f"Surface Dice (NSD): share of both surfaces, by area, that lies within {tolerance_mm:g} mm of the other one "
-        "(surface-distance's definition)."
+        "Surface Dice (NSD): share of both surfaces, by area (in a slice: of both contours, by length), that lies "
+        f"within {tolerance_mm:g} mm of the other one (surface-distance's definition)."
     )
 
 

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MEAN_RULE = (
-    "Means over pairs: DSC and NSD with a missed one as 0, HD95 and ASSD over the detected ones. Pooled DSC: "
-    "2·Σ|A∩B| / Σ(|A|+|B|) in mL over all pairs, missed and false tissue included."
+    "Means over pairs: DSC and NSD with a missed one as 0, HD95 and ASSD over the detected ones. The column missed "
+    "includes missing predictions. Pooled DSC: 2·Σ|A∩B| / Σ(|A|+|B|) in mL over all pairs, missed and false tissue "
+    "included."
 )
 """Printed with every table."""
 TERMINAL_COLUMNS = ("class", "pairs", "DSC", "95 % CI", "HD95", "95 % CI", "penal.", "NSD", "missed", "false mL")
@@ -89,6 +90,8 @@ def _count_lines(summary: Summary) -> list[str]:
         lines.append(f"{name}Without a prediction, scored as missed: {listed(summary.missing_predictions)}.")
     if summary.missing_references:
         lines.append(f"{name}Without a reference, not scored: {listed(summary.missing_references)}.")
+    if summary.unusable:
+        lines.append(f"{name}With an unusable side, not scored: {listed(summary.unusable)}.")
     return lines
 
 
@@ -211,6 +214,7 @@ def summary_dict(summary: Summary) -> dict[str, Any]:
                 "status_counts": dict(summary.status_counts),
                 "missing_predictions": summary.missing_predictions,
                 "missing_references": summary.missing_references,
+                "unusable": summary.unusable,
                 "classes": [_row_dict(row) for row in summary.classes],
                 "overall": _row_dict(summary.overall),
                 "num_bootstrap": summary.num_bootstrap,

@@ -128,7 +128,8 @@ def check_sizes(sizes: tuple[int, ...], name: str) -> tuple[tuple[int, int, int]
         If there are not three or four axes longer than one voxel in their places, or one is absurdly long.
     """
     if len(sizes) < 3 or min(sizes) < 1 or any(n != 1 for n in sizes[4:]):
-        raise InputError(f"{name}: one three-dimensional volume is needed, not shape {sizes}; extract one volume")
+        fix = "store a single slice as a volume of one slice" if len(sizes) < 3 else "extract one volume"
+        raise InputError(f"{name}: one three-dimensional volume is needed, not shape {sizes}; {fix}")
     if max(sizes) > MAX_AXIS:
         raise InputError(f"{name}: {max(sizes)} voxels along one axis: the header is damaged; convert the scan again")
     return (sizes[2], sizes[1], sizes[0]), (sizes[3] if len(sizes) > 3 else 1)

@@ -184,7 +184,7 @@ def _class_by_name(stem: str) -> int | None:
     return CLASS_NAMES.get(" ".join(stem.lower().replace("-", " ").replace("_", " ").split()))
 
 
-def onto_reference(image: LabelImage, grid: Geometry, *, resample: bool, name: str) -> np.ndarray:
+def onto_reference(image: LabelImage, grid: Geometry, *, resample: bool, name: str) -> tuple[np.ndarray, bool]:
     """Classes at the voxels of the reference.
 
     Parameters
@@ -199,9 +199,11 @@ def onto_reference(image: LabelImage, grid: Geometry, *, resample: bool, name: s
 
     Returns
     -------
-    uint8 array, shape of ``grid``
+    labels : uint8 array, shape of ``grid``
         Exact, without interpolation, where both are one physical grid: corresponding corners within 0.1 of the
         smallest voxel edge, axes flipped or not; for DICOM-SEG also a part of that grid.
+    is_resampled : bool
+        Whether voxels had to be taken from another grid.
 
     Raises
     ------
@@ -215,8 +217,9 @@ def onto_reference(image: LabelImage, grid: Geometry, *, resample: bool, name: s
     volume = image.volume
     moved = same_grid(volume, grid)
     if moved is not None:
-        return moved
-    if not resample and not (image.may_be_cropped and _is_part(volume.geometry, grid)):
+        return moved, False
+    is_part = image.may_be_cropped and _is_part(volume.geometry, grid)
+    if not resample and not is_part:
         limit = GRID_TOLERANCE_VOXELS * min(grid.spacing_mm)
         raise InputError(
             f"{name} and the reference lie on different grids (corners may differ by {limit:.2g} mm).\n"
@@ -229,7 +232,7 @@ def onto_reference(image: LabelImage, grid: Geometry, *, resample: bool, name: s
             f"{name}: none of its labelled voxels lies in the reference: it belongs to another scan, or its origin is "
             f"wrong.\n  prediction: {describe(volume.geometry)}\n  reference:  {describe(grid)}"
         )
-    return out
+    return out, not is_part
 
 
 def _is_part(part: Geometry, whole: Geometry) -> bool:

@@ -14,27 +14,28 @@ MIN_DIGITS = 5
 LONG_NAME = 6
 """From this length on a name is taken out of the middle of words too."""
 _WORDS = """
-    abdomen about above absent accepted acquisition again against air air-filled all and another archive archives
-    are array assume axes axial axis bad been below between body bone brain but bytes can cannot case cases chest
-    choose chosen clinical clipped cohort cohorts column columns compressed compression convert copied copy coronal
-    corrected coverage covering covers damaged data dataset dcm declared declares decoded decompress degrees denied
-    desktop dicom dicomdir different digits disk documents does download downloads each empty enhanced errno error
-    estimate exam expiration export exported exports fewer field file files filled first folder folders for frame
-    frames from gantry gap gaps geometry give given grid gz has head header headers hold holds home hospital hrct
-    image images img input inspiration instead interpolated interpolation into invalid its jpeg kept kernel label
-    labels lack lacks large least left lies line list listed lists localizer location looked lung lungs made
-    manifest mask masks matrix media member mha mhd millimetres missing mnt modality more most multi-frame name
-    names nan narrow needed needs neither nifti nii none not note nrrd number numbers oblique old once one only open
-    opened opt option options orientation orientations origin original other others out output outside padding page
-    part parts patch patches path patient patients permission pixel pixels position positions problem process
-    processed raw read readable reader reason reasons reconstruction reference repaired report resampled rescale
-    research results right root rows run sagittal same sample samples scan scanner scans scout secondary see series
-    shape sharp sharper single size sizes skipped slab slice slices slope small soft softer source space spaced
+    abdomen about above aerated absent accepted acquisition again against air air-filled all and another archive
+    archives are array assume axes axial axis bad been below beside between binary body bone brain bronchi but
+    bytes can cannot case cases chest choose chosen cip clinical clipped cohort cohorts column columns compressed
+    compression convert copied copy coronal corrected coverage covering covers damaged data dataset dcm declared
+    declares decoded decompress degrees denied desktop dicom dicomdir different digits disk documents does download
+    downloads each empty enhanced errno error estimate exam expiration export exported exports fewer field file
+    files filled first folder folders for frame frames from gantry gap gaps geometry give given grid gz has head
+    header headers hold holds home hospital hrct image images img input inspiration instead interpolated
+    interpolation into invalid its jpeg kept kernel label labels lack lacks large least left lies line list listed
+    lists lobe lobes localizer location looked lung lungmask lungmask-lobes lungs lungseg made manifest mask masks
+    matrix media member mha mhd millimetres missing mnt modality more most multi-frame name names nan narrow needed
+    needs neither nifti nii none not note nrrd number numbers oblique old once one only open opened opt option
+    options orientation orientations origin original other others out output outside padding page part parts patch
+    patches path patient patients permission pixel pixels position positions problem process processed raw read
+    readable reader reason reasons reconstruction reference repaired report resampled rescale research results
+    right root rows run sagittal same sample samples scan scanner scans scout secondary see series shape sharp
+    sharper side sides single size sizes skipped slab slice slices slope small soft softer source space spaced
     spacing src stack stage standard start status store stored studies study such supported syntax table tables tag
     tags temp temporary test tests than that the their them thick thicker thin thinner this thorax tilt tmp too
-    train training transfer truncated twice type uneven unevenly unexpected units unknown unpack unpacked unreadable
-    upper use used user users val value values var volume volumes voxel voxels was were which whole with within
-    without words work written zip
+    totalsegmentator trachea train training transfer truncated twice type uneven unevenly unexpected units unknown
+    unpack unpacked unreadable upper use used user users val value values var volume volumes voxel voxels was were
+    which whole with within without words work written zip
 """
 ORDINARY_WORDS = frozenset(_WORDS.split())
 """Words of our own messages and everyday names of folders: as the name of a file they say nothing about a person."""
@@ -92,6 +93,11 @@ def hide_names(text: str, places: Mapping[Path, str], words: Mapping[str, str] |
     text = _replaced(text, paths, _WITH_REST)
     text = _replaced(text, above, _ONLY)
     return _replaced(text, names)
+
+
+def replace_path(text: str, path: Path, called: str) -> str:
+    """``text`` with a path as a whole replaced; a short one, such as `st`, is left alone inside other words."""
+    return re.sub(rf"(?<![\w./\\-]){re.escape(str(path))}(?![\w-])", lambda _: called, text)
 
 
 def _add_path(paths: dict[str, str], path: str, called: str) -> None:

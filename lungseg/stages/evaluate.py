@@ -21,17 +21,19 @@ from lungseg.evaluation.comparison_tables import (
     comparison_rich_table,
 )
 from lungseg.evaluation.oracle import OracleNaming, oracle_naming
-from lungseg.evaluation.scores import MISSING_PREDICTION, MISSING_REFERENCE, ClassScore, ScoreSettings
+from lungseg.evaluation.overlap import unusable_scores
+from lungseg.evaluation.scores import MISSING_PREDICTION, NOT_COMPARED, ClassScore, ScoreSettings
 from lungseg.evaluation.summary import ORACLE_SUFFIX, summarise_methods
 from lungseg.evaluation.tables import cases_csv, latex_table, markdown_table, results_dict, rich_table
+from lungseg.evaluation.writers import listed
 from lungseg.report.score_pictures import score_boxplot_png
 from lungseg.report.worst_cases import worst_cases_html
 from lungseg.scan.discovery import DICOM_SUFFIXES
 from lungseg.scan.label_images import DEFAULT_MAP
 from lungseg.scan.label_maps import LabelMap
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult, output_folder, run_cases
-from lungseg.stages.evaluate_case import CaseScores, Scoring, oracle_scores, score_pair
-from lungseg.stages.evaluate_pairs import ScoringPlan, make_plan
+from lungseg.stages.evaluate_case import NO_PREDICTION, NO_REFERENCE, CaseScores, Scoring, oracle_scores, score_pair
+from lungseg.stages.evaluate_pairs import Pair, ScoringPlan, make_plan
 from lungseg.stages.evaluate_worst import worst_of_methods
 from lungseg.store.atomic import write_bytes, write_json, write_text
 from lungseg.store.cases import Store
@@ -108,17 +110,18 @@ def evaluate(
         names=[pair.case_id for pair in plan.pairs], title="evaluate", execution=execution, isolate=_has_dicom(plan),
     )  # fmt: skip
     scores = _by_method(plan, outcomes)
-    if not any(row.status != MISSING_REFERENCE for rows in scores.values() for row in rows):
+    if not any(row.status not in NOT_COMPARED for rows in scores.values() for row in rows):
         raise InputError(f"nothing could be scored: {outcomes[0].message}")
     problems = _problems(outcomes)
     oracle, namings, oracle_notes = _oracle(plan, scoring, outcomes, scores, execution)
     summaries = summarise_methods(scores, oracle, settings=settings, num_bootstrap=config.bootstrap, seed=config.seed)
-    notes = (*_problem_notes(problems), *plan.notes, *oracle_notes)
+    notes = (*_problem_notes(problems), *plan.notes, *_reading_notes(plan, outcomes), *oracle_notes)
     summaries = (dataclasses.replace(summaries[0], notes=notes), *summaries[1:])
     comparison = compare_methods(scores, num_bootstrap=config.bootstrap, seed=config.seed) if len(scores) > 1 else None
     figures = {
         **results_dict(summaries, comparison),
         "config": _public_config(config),
+        "notes": list(notes),
         "label_maps": _label_maps(plan),
         "oracle_namings": {name: _naming_dict(naming) for name, naming in namings.items()},
         "problems": problems,
@@ -158,9 +161,22 @@ def _has_dicom(plan: ScoringPlan) -> bool:
 def _by_method(plan: ScoringPlan, outcomes: Sequence[CaseOutcome]) -> Scores:
     """Rows of each method over all cases."""
     return {
-        method.name: [row for outcome in outcomes for row in _value(outcome).scores.get(method.name, ())]
+        method.name: [
+            row
+            for pair, outcome in zip(plan.pairs, outcomes, strict=True)
+            for row in _rows(plan, pair, _value(outcome), method.name)
+        ]
         for method in plan.methods
     }
+
+
+def _rows(plan: ScoringPlan, pair: Pair, found: CaseScores, method: str) -> list[ClassScore]:
+    """Rows of one method and case; those of an unusable side if something kept them from being made."""
+    if method in found.scores:
+        return found.scores[method]
+    if method in found.problems or pair.has_reference:
+        return unusable_scores(view=plan.view, case_id=pair.case_id, patient_id=pair.patient_id)
+    return []
 
 
 def _value(outcome: CaseOutcome) -> CaseScores:
@@ -184,7 +200,7 @@ def _problems(outcomes: Sequence[CaseOutcome]) -> list[dict[str, str]]:
 
 def _problem_notes(problems: Sequence[Mapping[str, str]]) -> list[str]:
     """Sentences for the header of the tables; missing sides have sentences of their own there."""
-    untold = [p for p in problems if not p["problem"].startswith(("there is a reference", "there is a prediction"))]
+    untold = [p for p in problems if p["problem"] not in (NO_PREDICTION, NO_REFERENCE)]
     notes = []
     for problem in untold[:MAX_PROBLEMS]:
         text = re.split(r"(?<=[.)])\s", problem["problem"], maxsplit=1)[0].rstrip(".")
@@ -193,6 +209,26 @@ def _problem_notes(problems: Sequence[Mapping[str, str]]) -> list[str]:
         notes.append(f"Not scored: {who}: {text}.")
     if len(untold) > MAX_PROBLEMS:
         notes.append(f"Not scored: {len(untold) - MAX_PROBLEMS} more, see summary.json.")
+    return notes
+
+
+def _reading_notes(plan: ScoringPlan, outcomes: Sequence[CaseOutcome]) -> list[str]:
+    """Which predictions were not scored on their own grid, or hold what the view has no place for."""
+    notes = []
+    for method in plan.methods:
+        moved = [outcome.case_id for outcome in outcomes if method.name in _value(outcome).resampled]
+        if moved:
+            notes.append(
+                f"{method.name}: brought from another grid onto the reference's by nearest voxel, tissue outside of it "
+                f"left out: {listed(moved)}."
+            )
+        ignored = [_value(outcome).left_out.get(method.name, ()) for outcome in outcomes]
+        if any(ignored):
+            classes = ", ".join(sorted({name for names in ignored for name in names}))
+            notes.append(
+                f"{method.name}: {classes} is none of these classes and was left out in "
+                f"{sum(map(bool, ignored))} cases."
+            )
     return notes
 
 
@@ -232,7 +268,7 @@ def _oracle(
         return {}, namings, notes
     found: Scores = {}
     for name in renamed:
-        unchanged = [row for row in scores[name] if row.status in (MISSING_PREDICTION, MISSING_REFERENCE)]
+        unchanged = [row for row in scores[name] if row.status in (MISSING_PREDICTION, *NOT_COMPARED)]
         found[name] = [*(row for outcome in again for row in _value(outcome).scores.get(name, ())), *unchanged]
     return found, namings, notes
 

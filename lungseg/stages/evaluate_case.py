@@ -14,17 +14,21 @@ from lungseg.evaluation.overlap import missing_prediction_scores, missing_refere
 from lungseg.evaluation.scores import SLICES, ClassScore, ScoreSettings
 from lungseg.scan.label_images import LabelImage, onto_reference, read_labels
 from lungseg.scan.label_maps import LabelMap
+from lungseg.scan.privacy import replace_path
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Triple, Volume
 from lungseg.stages.cohort import DONE, FAILED, CaseReturn
 from lungseg.stages.evaluate_pairs import LABEL_MAP, REFERENCE_LABEL_MAP, Method, Pair, View
 from lungseg.stages.refine import source_labels
 from lungseg.store.cases import Store
-from lungseg.tissue import OUTSIDE, LungLabel, Tissue
+from lungseg.tissue import OUTSIDE, LungLabel, Tissue, class_name
 
 log = logging.getLogger(__name__)
 
 THE_REFERENCE = "the reference"
+NO_PREDICTION = "there is a reference but no prediction: scored as missed"
+NO_REFERENCE = "there is a prediction but no reference: not scored"
+"""Problems that have sentences of their own in every table."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class CaseScores:
     confusions: Mapping[str, list[CaseConfusion]] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
     """What is wrong, by method; '' for the reference. Free of paths."""
+    resampled: tuple[str, ...] = ()
+    """Methods whose prediction came from another grid."""
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Classes that the view has no place for, by method: lungs among tissues, or tissues among lungs."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,10 @@ class Side:
 
     labels: np.ndarray
     spacing_mm: Triple
+    is_resampled: bool = False
+    """Taken from a file on another grid, by `--resample-to reference`."""
+    left_out: tuple[str, ...] = ()
+    """Classes of the file that the view has no place for."""
 
 
 def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
@@ -68,8 +80,10 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     scores: dict[str, list[ClassScore]] = {}
     confusions: dict[str, list[CaseConfusion]] = {}
     problems: dict[str, str] = {}
+    resampled = []
+    left_out = {}
     if reference is None:
-        problems[""] = "there is a prediction but no reference: not scored"
+        problems[""] = NO_REFERENCE
     lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
     for index, method in enumerate(scoring.methods):
         try:
@@ -78,10 +92,14 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
                 continue
             side = read_prediction(pair, index, scoring, reference.volume.geometry)
             if side is None:
-                problems[method.name] = "there is a reference but no prediction: scored as missed"
+                problems[method.name] = NO_PREDICTION
                 scores[method.name] = _without_prediction(pair, reference, lungs, scoring)
                 continue
             scores[method.name] = _score(pair, side, reference, lungs, scoring)
+            if side.left_out:
+                left_out[method.name] = side.left_out
+            if side.is_resampled:
+                resampled.append(method.name)
             if scoring.oracle:
                 confusions[method.name] = confusion_of_case(
                     side.labels,
@@ -94,7 +112,10 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
         except LungsegError as error:
             problems[method.name] = nameless(str(error), pair, scoring)
             log.debug("evaluate: %s", error)
-    return _outcome(CaseScores({name: rows for name, rows in scores.items() if rows}, confusions, problems))
+    found = {name: rows for name, rows in scores.items() if rows}
+    if not found and problems.keys() == {""}:
+        problems[""] = "there is neither a reference nor a prediction"
+    return _outcome(CaseScores(found, confusions, problems, tuple(resampled), left_out))
 
 
 def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNaming]) -> CaseReturn:
@@ -125,10 +146,10 @@ def _outcome(result: CaseScores) -> CaseReturn:
 def nameless(text: str, pair: Pair, scoring: Scoring) -> str:
     """A message without the files it is about: their names may be patients'."""
     if pair.reference is not None:
-        text = text.replace(str(pair.reference), THE_REFERENCE)
+        text = replace_path(text, pair.reference, THE_REFERENCE)
     for path, method in zip(pair.predictions, scoring.methods, strict=True):
         if path is not None:
-            text = text.replace(str(path), _prediction_name(method))
+            text = replace_path(text, path, _prediction_name(method))
     return text
 
 
@@ -205,7 +226,7 @@ def read_reference(pair: Pair, scoring: Scoring) -> LabelImage | None:
         found = LabelImage(volume, tuple(annotated))
     else:
         return None
-    return replace(found, volume=_in_view(found.volume, scoring.view, THE_REFERENCE))
+    return replace(found, volume=_in_view(found.volume, scoring.view, THE_REFERENCE)[0])
 
 
 def read_prediction(pair: Pair, index: int, scoring: Scoring, grid: Geometry | None) -> Side | None:
@@ -213,24 +234,28 @@ def read_prediction(pair: Pair, index: int, scoring: Scoring, grid: Geometry | N
     method, path = scoring.methods[index], pair.predictions[index]
     name = _prediction_name(method)
     if method.store is not None:
-        return _from_store(method.store, pair.case_id, method.clustering, grid) if grid is not None else None
+        return _from_store(method.store, pair.case_id, method.clustering, grid)
     if path is None:
         return None
     image = read_labels(path, method.mapping, name=name, option=LABEL_MAP)
-    image = replace(image, volume=_in_view(image.volume, scoring.view, name))
+    volume, left_out = _in_view(image.volume, scoring.view, name)
+    image = replace(image, volume=volume)
     if grid is None:
-        return Side(image.volume.array, image.volume.geometry.spacing_mm)
-    return Side(onto_reference(image, grid, resample=scoring.resample, name=name), grid.spacing_mm)
+        return Side(image.volume.array, image.volume.geometry.spacing_mm, left_out=left_out)
+    labels, is_resampled = onto_reference(image, grid, resample=scoring.resample, name=name)
+    return Side(labels, grid.spacing_mm, is_resampled, left_out)
 
 
-def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry) -> Side | None:
-    """Predicted labels of a store, on the reference's grid."""
+def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry | None) -> Side | None:
+    """Predicted labels of a store, on the reference's grid, or without one on their scan's."""
     if not store.case_file(case_id, "labels", clustering).exists():
         return None
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", clustering) as artefact:
         artefact.require_input("volume.h5", volume.fingerprint)
         labels, _, _ = source_labels(volume, artefact.read("labels"))
         source = Geometry.from_dict(volume.provenance["source"]["grid"])
+    if grid is None:
+        return Side(labels, source.spacing_mm)
     return Side(resample_onto(labels, source, grid, kind="mask", fill=OUTSIDE), grid.spacing_mm)
 
 
@@ -251,8 +276,8 @@ def _lungs(pair: Pair, scoring: Scoring, grid: Geometry) -> np.ndarray | None:
     return None
 
 
-def _in_view(volume: Volume, view: View, name: str) -> Volume:
-    """The volume, in place without lungs in a view of tissues, and without tissues in a view of lungs.
+def _in_view(volume: Volume, view: View, name: str) -> tuple[Volume, tuple[str, ...]]:
+    """The volume, in place without lungs in a view of tissues, and without tissues in a view of lungs; what it lost.
 
     Raises
     ------
@@ -264,7 +289,10 @@ def _in_view(volume: Volume, view: View, name: str) -> Volume:
     if is_lung_view and LungLabel.LUNG not in kept and (volume.array == LungLabel.LUNG).any():
         raise InputError(f"{name} does not tell the sides of the lung: use --view lung")
     table = np.arange(256, dtype=np.uint8)
-    table[sorted(set(map(int, Tissue if is_lung_view else LungLabel)) - kept)] = OUTSIDE
+    others = sorted(set(map(int, Tissue if is_lung_view else LungLabel)) - kept)
+    table[others] = OUTSIDE
+    present = np.zeros(256, dtype=bool)
     for plane in volume.array:
+        present[plane] = True
         plane[...] = table[plane]
-    return volume
+    return volume, tuple(class_name(i) for i in others if present[i])

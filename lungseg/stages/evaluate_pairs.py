@@ -55,6 +55,11 @@ class Pair:
     image: Path | None = None
     """CT of the case, for pictures."""
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is anything to compare with, readable or not."""
+        return self.reference is not None or self.reference_store is not None
+
 
 @dataclass(frozen=True)
 class ScoringPlan:
@@ -108,6 +113,7 @@ def make_plan(
     told = _targets(reference_map, references)
     _require_told(told, view, "references", REFERENCE_LABEL_MAP)
     view, view_notes = _restricted(view, told)
+    view_notes = (*_meanings(config.view, view, methods, reference_map), *view_notes)
     for method, files in zip(methods, folders, strict=True):
         known = _targets(method.mapping, files)
         blind = [name for name, ids in view.items() if method.folder and not known & set(map(int, ids))]
@@ -227,6 +233,19 @@ def _restricted(view: View, told: frozenset[int]) -> tuple[View, tuple[str, ...]
     return kept, tuple(notes)
 
 
+def _meanings(view_name: str, view: View, methods: Sequence[Method], reference_map: LabelMap | None) -> tuple[str, ...]:
+    """What classes and ids mean, where it is not what a reader of lungseg's own tables expects."""
+    notes = []
+    if view_name != EvaluateConfig().view:
+        classes = (f"{name} = {' + '.join(map(class_name, ids))}" for name, ids in view.items())
+        notes.append(f"Classes of view {view_name}: {'; '.join(classes)}.")
+    maps = (("the references", reference_map), *((method.name, method.mapping) for method in methods))
+    read = [f"{side}: {mapping.name}" for side, mapping in maps if mapping is not None]
+    if read:
+        notes.append(f"Label maps: {'; '.join(read)}; what each id means stands in summary.json.")
+    return tuple(notes)
+
+
 # ---------------------------------------------------------------- cases
 
 
@@ -262,7 +281,11 @@ def _pairs_of_stores(
     folders: Sequence[Mapping[str, Path]],
     reference: Path | None,
 ) -> tuple[list[Pair], tuple[str, ...]]:
-    """Cases of the stores that have a reference: in the folder, else (without one) the store's own."""
+    """Cases of the stores with their references: of the folder, else (without one) the store's own.
+
+    A store need not be annotated throughout: without a folder, cases that have no reference are only told. A folder of
+    references is expected to hold all of them.
+    """
     stores: list[Store] = []
     for method in methods:
         if method.store is not None and method.store not in stores:
@@ -276,10 +299,11 @@ def _pairs_of_stores(
         own = reference is None and store.case_file(case_id, "reference").exists()
         if case_id not in references and not own:
             unscored.append(case_id)
-            continue
+            if reference is None:
+                continue
         files = tuple(files.get(case_id) for files in folders)
         pairs.append(Pair(case_id, _patient(store, case_id), references.get(case_id), store if own else None, files))
-    if not pairs:
+    if len(unscored) == len(home):
         where = f"in {reference}" if reference else "in the store"
         raise InputError(
             f"no reference {where} belongs to a case of {stores[0].path}: name them <case_id>.nii.gz "
@@ -296,7 +320,7 @@ def _pairs_of_stores(
         log.debug("evaluate: %s is %s", name, path)
         files = tuple(path if index == i else None for i in range(len(folders)))
         pairs.append(Pair(name, name, None, None, files))
-    if not unscored:
+    if not unscored or reference is not None:
         return pairs, ()
     more = " ..." if len(unscored) > MAX_LISTED else ""
     cases = "1 case of the store has" if len(unscored) == 1 else f"{len(unscored)} cases of the store have"

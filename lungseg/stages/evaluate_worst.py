@@ -14,6 +14,7 @@ from lungseg.evaluation.scores import ClassScore
 from lungseg.report.worst_cases import WorstPair
 from lungseg.report.worst_slices import worst_pairs, worst_slice
 from lungseg.scan.nifti import read_image
+from lungseg.scan.privacy import replace_path
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import find_sources
 from lungseg.scan.volume import AIR_HU, Geometry, Volume
@@ -113,7 +114,7 @@ def _image(pair: Pair, scoring: Scoring, grid: Geometry) -> tuple[np.ndarray | N
         try:
             scan = _scan(pair.image)
         except LungsegError as error:
-            return None, f"no CT in the pictures: {str(error).replace(str(pair.image), 'the scan')}"
+            return None, f"no CT in the pictures: {replace_path(str(error), pair.image, 'the scan')}"
         return resample_onto(scan.array, scan.geometry, grid, kind="ct", fill=AIR_HU), ""
     for method in scoring.methods:
         if method.store is not None and method.store.case_file(pair.case_id, "volume").exists():

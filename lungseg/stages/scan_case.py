@@ -16,6 +16,7 @@ import numpy as np
 from lungseg.config.preprocess import PreprocessConfig
 from lungseg.errors import InputError, UsageError
 from lungseg.scan.lungs import find_lungs
+from lungseg.scan.privacy import replace_path
 from lungseg.scan.resample import resample_to_spacing
 from lungseg.scan.sources import Search, Source, read_manifest, search, voxel_digest
 from lungseg.scan.volume import STATUS_WORDS, Geometry, Volume
@@ -135,7 +136,7 @@ def for_worker(source: Source) -> Source:
 
 def without_names(text: str, source: Source, store: Store | None) -> str:
     """A message about a scan without names of its files, folders and patient; files of the store are told below it."""
-    return source.hide(text.replace(str(store.path), "store") if store else text)
+    return source.hide(replace_path(text, store.path, "store") if store else text)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ def without_reference(case: str, patient: str, *, tissue: str = "ggo") -> ClassS
     return ClassScore(case, patient, tissue, "missing reference", NAN, NAN, NAN, NAN, NAN, 9.0, NAN, NAN, NAN)
 
 
+def unusable(case: str, patient: str, *, tissue: str = "ggo") -> ClassScore:
+    """A case of which a side cannot be used."""
+    return ClassScore(case, patient, tissue, "unusable", *[NAN] * 9)
+
+
 def cohort(seed: int, *, num_cases: int = 24, shift: float = 0.0) -> list[ClassScore]:
     """Two classes in cases of a third as many patients; the cases are the same for every seed."""
     rng = random.Random(seed)

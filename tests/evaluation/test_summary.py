@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from score_fixture import SCORES, cohort, missed, scored, uncounted, without_reference
+from score_fixture import SCORES, cohort, missed, scored, uncounted, unusable, without_reference
 
 from lungseg.evaluation.summary import ORACLE_SUFFIX, summarise, summarise_methods
 
@@ -47,10 +47,20 @@ def test_row_70_every_status_is_counted_and_cases_without_a_side_are_named():
         "absent": 1,
         "missing prediction": 1,
         "missing reference": 1,
+        "unusable": 0,
     }
     assert (summary.missing_predictions, summary.missing_references) == (("f",), ("g",))
     assert (summary.num_cases, summary.num_patients) == (6, 5), "nothing is known of a case without a reference"
     assert [row.tissue for row in summary.classes] == ["ggo", "healthy"]
+
+
+def test_row_71_an_unusable_side_is_counted_and_changes_no_figure():
+    plain = summarise(SCORES, num_bootstrap=50)
+    summary = summarise([*SCORES, unusable("x", "p9"), unusable("x", "p9", tissue="healthy")], num_bootstrap=50)
+    assert summary.unusable == ("x",)
+    assert dict(summary.status_counts)["unusable"] == 2
+    assert repr((summary.classes, summary.overall)) == repr((plain.classes, plain.overall))  # nan is not nan
+    assert (summary.num_cases, summary.num_patients) == (plain.num_cases, plain.num_patients)
 
 
 def test_the_order_of_the_cases_does_not_matter():

@@ -170,7 +170,7 @@ def test_comparison_tables_say_how_and_what_was_left_out():
         "zero differences dropped",
         "rank-biserial",
         "Holm",
-        "Too few patients in healthy, ggo, all: there p cannot fall below 0.05",
+        "Too few patients in every class: there p cannot fall below 0.05",
         "scored for b but not for a: 6 pairs of c12, c13, c14.",
     ):
         assert phrase in text

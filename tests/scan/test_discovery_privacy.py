@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_sources import dicom, nifti
 
 from lungseg.errors import InputError
-from lungseg.scan.privacy import hide_names
+from lungseg.scan.privacy import hide_names, replace_path
 from lungseg.scan.sources import Source, find_sources
 
 CANARY = "Zebrafink"
@@ -41,6 +41,25 @@ def test_ordinary_names_leave_messages_alone(tmp_path: Path, name: str) -> None:
     assert source.hide(f"{folder / name}: damaged") == "this scan: damaged"
     assert source.hide(f"{folder / name}/other.dcm: damaged") == "this scan: damaged"
     assert source.hide(f"{folder}/other/volume.h5: damaged") == "a folder/other/volume.h5: damaged"
+
+
+def test_folders_named_like_tools_leave_messages_of_masks_alone() -> None:
+    message = (
+        "lobes missing: the mask holds 4 of 5 lobes; trachea included: 9 ml of trachea and main bronchi count as lung; "
+        "as lungmask reads it; its labels fit totalsegmentator, binary and cip"
+    )
+    for name in ("lobes", "lungmask", "TotalSegmentator", "binary", "cip", "trachea", "lungmask-lobes"):
+        source = Source(Path("scan.nii.gz"), lung_mask=Path("masks") / name / f"{name}.nii.gz")
+        assert source.hide(message) == message
+
+
+def test_a_path_is_replaced_as_a_whole_only() -> None:
+    text = "st/cases/c1/volume.h5: damaged; take the nearest voxels, or delete st."
+    assert replace_path(text, Path("st"), "store") == (
+        "store/cases/c1/volume.h5: damaged; take the nearest voxels, or delete store."
+    )
+    assert replace_path("/data/st: gone", Path("/data/st"), "store") == "store: gone"
+    assert replace_path("/data/st-2: gone", Path("/data/st"), "store") == "/data/st-2: gone"
 
 
 COMPONENT = st.text(

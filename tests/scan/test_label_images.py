@@ -49,9 +49,9 @@ def test_image_formats_agree(tmp_path: Path, suffix: str) -> None:
 
 def test_segments_are_taken_by_code_or_by_number(tmp_path: Path) -> None:
     path = write_seg(tmp_path / "case.dcm", make_seg(labels(), GRID, codes=CODES))
-    placed = onto_reference(read(path), GRID, resample=False, name="it")
+    placed = onto_reference(read(path), GRID, resample=False, name="it")[0]
     np.testing.assert_array_equal(placed, np.where(labels() == 1, Tissue.EMPHYSEMA, labels()))
-    by_number = onto_reference(read(path, "lungseg"), GRID, resample=False, name="it")
+    by_number = onto_reference(read(path, "lungseg"), GRID, resample=False, name="it")[0]
     np.testing.assert_array_equal(by_number, labels())
     unknown = write_seg(tmp_path / "other.dcm", make_seg(labels(), GRID, codes={1: ("SCT", "10200004")}))
     with pytest.raises(InputError, match=r"1 \(SCT 10200004\), 3 \(no code\).*--label-map FILE"):
@@ -88,7 +88,9 @@ def shifted(mm: float) -> LabelImage:
 
 
 def test_row_71_grids_are_compared_in_millimetres() -> None:
-    np.testing.assert_array_equal(onto_reference(shifted(0.069), GRID, resample=False, name="it"), labels())
+    placed, is_resampled = onto_reference(shifted(0.069), GRID, resample=True, name="it")
+    np.testing.assert_array_equal(placed, labels())
+    assert not is_resampled
     with pytest.raises(InputError) as error:
         onto_reference(shifted(0.071), GRID, resample=False, name="it")
     text = str(error.value)
@@ -99,7 +101,8 @@ def test_row_71_grids_are_compared_in_millimetres() -> None:
 
 
 def test_row_71_resampling_takes_the_nearest_voxel() -> None:
-    moved = onto_reference(shifted(1.4), GRID, resample=True, name="it")
+    moved, is_resampled = onto_reference(shifted(1.4), GRID, resample=True, name="it")
+    assert is_resampled
     np.testing.assert_array_equal(moved[:, 2:], labels()[:, :-2])
     with pytest.raises(InputError, match="none of its labelled voxels lies in the reference"):
         onto_reference(shifted(500.0), GRID, resample=True, name="it")
@@ -109,7 +112,7 @@ def test_a_cropped_image_is_another_grid_a_cropped_segmentation_is_not(tmp_path:
     part = Volume(np.ascontiguousarray(labels()[2:8]), GRID.crop((2, 0, 0), (8, 12, 14)))
     with pytest.raises(InputError, match="different grids"):
         onto_reference(LabelImage(part, ()), GRID, resample=False, name="it")
-    placed = onto_reference(LabelImage(part, (), may_be_cropped=True), GRID, resample=False, name="it")
+    placed = onto_reference(LabelImage(part, (), may_be_cropped=True), GRID, resample=False, name="it")[0]
     np.testing.assert_array_equal(placed, labels())
     beyond = Volume(part.array, replace(part.geometry, origin_mm=(-110.0, -20.0, 30.0)))
     with pytest.raises(InputError, match="different grids"):

@@ -159,7 +159,7 @@ def test_row_14_padding_is_set_to_air_and_noted(tmp_path: Path) -> None:
         ([(280, "f", (float("nan"),))], "damaged header"),
         ([(292, "f", (float("inf"),))], "damaged header"),
         ([(40, "5h", (4, 10, 9, 4, 2))], "extract one volume"),
-        ([(40, "3h", (2, 10, 72))], "three-dimensional"),
+        ([(40, "3h", (2, 10, 72))], "three-dimensional.*volume of one slice"),
         ([(40, "h", (9,))], "three-dimensional"),
         ([(70, "h", (128,))], "datatype 128"),
         ([(108, "f", (float("nan"),))], "data offset"),

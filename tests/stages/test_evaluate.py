@@ -90,12 +90,15 @@ def test_row_70_every_fault_is_named_and_the_rest_is_scored(folders: tuple[Path,
     assert statuses(found, "no-prediction") == {"missing prediction"}
     assert statuses(found, "no-reference") == {"missing reference"}
     assert statuses(found, "empty-class") == {"scored", "absent"}
-    assert not statuses(found, "shifted")
-    assert not statuses(found, "foreign")
+    assert statuses(found, "shifted") == statuses(found, "foreign") == {"unusable"}
+    assert summary["unusable"] == ["foreign", "shifted"]
     for text in (table, latex):
         assert "Without a prediction, scored as missed: no-prediction." in text
         assert "Without a reference, not scored: no-reference." in text
-        assert "scored 24, missed 0, false tissue 0, absent 1, missing prediction 5, missing reference 5" in text
+        assert (
+            "scored 24, missed 0, false tissue 0, absent 1, missing prediction 5, missing reference 5, unusable 10"
+            in text
+        )
     assert "Not scored: case shifted, tool: the prediction of tool and the reference lie on different grids" in table
     assert "Not scored: case foreign, tool: the prediction of tool holds label ids" in table
     assert f"42 ({(labels(1) == 4).sum()} voxels)" in table
@@ -112,6 +115,10 @@ def test_row_70_every_fault_is_named_and_the_rest_is_scored(folders: tuple[Path,
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     again, _ = run(tmp_path, predictions, reference=references, config=replace(CONFIG, resample_to="reference"))
     assert statuses(rows(tmp_path), "shifted") == {"scored"}
+    told = (
+        "tool: brought from another grid onto the reference's by nearest voxel, tissue outside of it left out: shifted."
+    )
+    assert told in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert again.exit_code == 8
 
 
@@ -183,6 +190,8 @@ def test_classes_that_the_reference_cannot_tell_are_left_out(tmp_path: Path) -> 
     assert summary["overall"]["dice_mean"] == 1.0
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "cannot tell them: healthy, emphysema, fibrosis." in table
+    assert "Label maps: the references: medseg; what each id means" in table
+    assert any("cannot tell them" in note for note in summary["notes"])
     assert summary["label_maps"]["reference"]["classes"] == {"1": "ggo", "2": "consolidation", "3": "none"}
     config = replace(CONFIG, label_map=("medseg",))  # the other way round: what a method cannot tell, it misses
     _, summary = run(tmp_path, tmp_path / "reference", reference=tmp_path / "tool", config=config)
@@ -296,3 +305,37 @@ def test_two_files_are_a_pair_whatever_their_names(folders: tuple[Path, Path], t
     result, summary = run(tmp_path, predictions, reference=references / "case-0.nii.gz")
     assert result.exit_code == 8
     assert summary["missing_references"] == ["case-1", "case-2", "case-3"]
+
+
+def test_merged_classes_are_spelled_out_and_slices_have_their_own_definitions(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    predictions, references = folders
+    config = replace(CONFIG, view="ild", mode="slices")
+    run(tmp_path, predictions, reference=references, config=config)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "Classes of view ild: healthy = healthy; emphysema = emphysema; ild = ggo + fibrosis." in table
+    assert "4-connected in a slice" in table
+    assert "in slice mode that of the box in the plane" in table
+
+
+def test_a_damaged_reference_makes_the_case_unusable_for_every_method(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    predictions, references = folders
+    (references / "case-2.nii.gz").write_bytes(b"no image")
+    result, summary = run(
+        tmp_path, predictions, predictions, reference=references, config=replace(CONFIG, names=("a", "b"))
+    )
+    assert result.exit_code == 8
+    assert [method["unusable"] for method in summary["methods"]] == [["case-2"], ["case-2"]]
+    assert [row["method"] for row in rows(tmp_path) if row["status"] == "unusable"] == ["a"] * 5 + ["b"] * 5
+
+
+def test_classes_without_a_place_in_the_view_are_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predictions, references = folders
+    names = tmp_path / "names.json"
+    names.write_text('{"lung": 1, "emphysema": 2, "ggo": 3, "fibrosis": 4, "consolidation": 5}', encoding="utf-8")
+    _, summary = run(tmp_path, predictions, reference=references, config=replace(CONFIG, label_map=(str(names),)))
+    assert "tool: lung is none of these classes and was left out in 4 cases." in summary["notes"]
+    assert summary["classes"][0]["num_missed"] == 4

@@ -103,11 +103,15 @@ def test_no_file_name_reaches_results_or_messages(store: Store, tmp_path: Path) 
     )  # fmt: skip
     assert result.exit_code == 8
     told = {outcome.case_id: outcome.message for outcome in result.outcomes}
-    assert list(told) == ["case-0", "case-1", "reference-0001"]
+    assert list(told) == ["case-0", "case-1", "case-2", "reference-0001"]
     assert told["case-1"].startswith("the reference")
     assert "case-2" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")  # has no reference
     with open(tmp_path / "out" / "cases.csv", newline="", encoding="utf-8") as stream:
-        assert {row["case_id"] for row in csv.DictReader(stream)} == {"case-0", "reference-0001"}
+        found = {row["case_id"]: row for row in csv.DictReader(stream)}
+    assert {case_id: row["status"] for case_id, row in found.items()} == {
+        "case-0": "scored", "case-1": "unusable", "case-2": "missing reference", "reference-0001": "missing prediction",
+    }  # fmt: skip
+    assert float(found["case-2"]["predicted_ml"]) > 0
     for path in (tmp_path / "out").iterdir():
         assert CANARY.encode() not in path.read_bytes(), path.name
         assert b"ids.csv" not in path.read_bytes(), path.name
