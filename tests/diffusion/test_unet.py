@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lungseg.config.presets import make_config
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import unet_spec
-from lungseg.diffusion.unet import Attention, ChannelNorm, ResidualBlock, UNet, UNetSpec, fold, unfold
+from lungseg.diffusion.attention import Attention
+from lungseg.diffusion.layers import ChannelNorm, ResidualBlock, fold, unfold
+from lungseg.diffusion.unet import UNet, UNetSpec
 
 PAPER = UNetSpec(base_width=64, multipliers=(1, 2, 3, 4), norm="group")
 SMALL = UNetSpec(base_width=8, multipliers=(1, 2))
