@@ -22,9 +22,9 @@ class Attention(nn.Module):
     norm : str
         See :func:`make_norm`.
     window : tuple of int, optional
-        Tokens attend to those of their own window only: windows of this many tokens along each axis, side by side from the
-        first token on; the last ones of an axis may be cut short. A map of at most one window is attended as a whole,
-        so a patch of one window gives what it gives without windows. None: the whole map is one window.
+        Tokens attend to those of their own window only: windows of this many tokens along each axis, side by side
+        from the first token on; the last ones of an axis may be cut short. A map of at most one window is attended as
+        a whole, so a patch of one window gives what it gives without windows. None: the whole map is one window.
     """
 
     def __init__(self, channels: int, norm: str, window: Sequence[int] | None = None) -> None:

@@ -147,7 +147,9 @@ class UNet(nn.Module):
         self.norm_out = make_norm(spec.norm, width)
         self.conv_out = zero_init(convolution(spec.dims, width, spec.out_channels * folded))
         # weights in the layout of the feature maps: a convolution would reorder them at every call
-        self.to(memory_format=torch.channels_last_3d if spec.dims == 3 else torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.ndim == spec.dims + 2:
+                parameter.data = channels_last(parameter.data)
 
     def _block(self, width_in: int, width_out: int, width_time: int) -> ResidualBlock:
         return ResidualBlock(width_in, width_out, width_time, self.spec.norm, dims=self.spec.dims)
@@ -158,7 +160,7 @@ class UNet(nn.Module):
         steps = torch.arange(half, device=t.device, dtype=torch.float32)
         angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        result: torch.Tensor = self.time(sinusoid.to(self.conv_in.weight.dtype))
+        result: torch.Tensor = self.time(sinusoid.to(next(self.parameters()).dtype))
         return result
 
     def encode(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lungseg.config.presets import make_config
 from lungseg.config.train_ddpm import TrainConfig
-from lungseg.diffusion.checkpoint import unet_spec
 from lungseg.diffusion.attention import Attention
+from lungseg.diffusion.checkpoint import unet_spec
 from lungseg.diffusion.layers import ChannelNorm, ResidualBlock, fold, unfold
 from lungseg.diffusion.unet import UNet, UNetSpec
 
