@@ -23,6 +23,7 @@ DEFAULT_PRESET = "lungseg"
 
 _PAPER_TRAIN: dict[str, Any] = {
     "norm": "group",
+    "attention": "patch",
     "hu_window": "paper",
     "distill": "patches",
     "distill_levels": 1.0,

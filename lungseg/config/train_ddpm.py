@@ -21,6 +21,20 @@ class TrainConfig:
     norm: str = option(
         "channel", "channel: per voxel, independent of the patch size; group: 32 groups.", choices=("channel", "group")
     )
+    attention: str = option(
+        "window",
+        "Attention over fixed windows of one training patch, wherever they lie in a lung, or over the patch given.",
+        choices=("window", "patch"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute blocks again in the backward pass instead of keeping them: less memory, a third slower."
+    )
+    compile: str = option(
+        "auto",
+        "torch.compile of the network; auto: on CUDA, where a compiler works; it never changes what is computed but "
+        "by rounding.",
+        choices=("auto", "on", "off"),
+    )
     head_norm: str = option("layer", "Normalisation in the two heads.", choices=("layer", "batch"))
     embedding: int = option(128, "Length of the student and teacher embeddings.", minimum=8, maximum=1024)
     # diffusion

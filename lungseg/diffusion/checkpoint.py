@@ -35,7 +35,8 @@ METADATA_KEY = "lungseg"
 def unet_spec(config: TrainConfig) -> UNetSpec:
     """Network shape of a training configuration."""
     names = {field.name for field in dataclasses.fields(UNetSpec)} & set(vars(config))
-    return UNetSpec(**{name: getattr(config, name) for name in names})
+    window = tuple(n // config.token_size for n in config.patch_size) if config.attention == "window" else None
+    return UNetSpec(**{name: getattr(config, name) for name in names}, attention_window=window)
 
 
 @dataclass(frozen=True)

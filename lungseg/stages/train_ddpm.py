@@ -41,7 +41,7 @@ from lungseg.store.schema import check_current
 log = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
-_NOT_LEARNED = ("workers", "cache_gib")
+_NOT_LEARNED = ("workers", "cache_gib", "gradient_checkpointing", "compile")
 """Settings of how a run is fed: they do not change what it learns."""
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)")
 
