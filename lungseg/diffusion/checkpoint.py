@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lungseg import __version__
 from lungseg.config.fields import from_dict, to_dict
-from lungseg.config.train_ddpm import TrainConfig
+from lungseg.config.train_ddpm import TrainConfig, migrate
 from lungseg.diffusion.distillation import StudentHead
 from lungseg.diffusion.normalisation import HU_WINDOWS, HuWindow
-from lungseg.diffusion.schedule import NoiseSchedule, make_schedule
+from lungseg.diffusion.schedule import NoiseSchedule, schedule_of
 from lungseg.diffusion.unet import UNet, UNetSpec
 from lungseg.errors import InputError, LungsegError, MismatchError, StoreError
 from lungseg.store.atomic import atomic_path, canonical_json, write_bytes
@@ -50,6 +51,10 @@ class Student:
     config: TrainConfig
     card: dict[str, Any]
     """Model card: images seen, number of cases, spacing_mm, fingerprints of the training volumes, standardisations."""
+
+    def for_volume(self, image_hu: np.ndarray) -> Student:
+        """The same model for tokens of one volume, int16 HU (Z, Y, X): 8-bit input depends on the volume's range."""
+        return dataclasses.replace(self, window=self.window.of_volume(image_hu))
 
     @property
     def fingerprint(self) -> str:
@@ -136,7 +141,7 @@ def load_student(path: Path, *, device: str = "cpu") -> Student:
     """
     metadata, tensors = read_model_file(path)
     try:
-        config = from_dict(TrainConfig, metadata["config"])
+        config = from_dict(TrainConfig, migrate(metadata["config"]))
         card, window = dict(metadata["card"]), HuWindow.from_dict(metadata["hu_window"])
         num_features = int(card["num_features"])
     except LungsegError as error:
@@ -150,7 +155,7 @@ def load_student(path: Path, *, device: str = "cpu") -> Student:
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         _load_exactly(module, own, path)
         module.to(device).eval().requires_grad_(False)
-    return Student(unet, head, window, make_schedule(config.schedule, config.timesteps), config, card)
+    return Student(unet, head, window, schedule_of(config), config, card)
 
 
 def _load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

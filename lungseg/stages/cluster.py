@@ -232,6 +232,7 @@ def case_tokens(volume: Artefact, student: Student, config: ClusterConfig) -> tu
         Tokens that any window covered and that hold any lung.
     """
     image, mask = volume.read("image"), volume.read("mask")
+    student = student.for_volume(image)
     embedding, p = student.config.embedding, student.config.token_size
     channels = embedding * (len(config.timesteps) if config.combine == "concat" else 1)
     fusion = TokenFusion(lattice_shape(image.shape, p), channels)

@@ -14,9 +14,9 @@ from lungseg.diffusion.distillation import (
     TeacherHead,
     contrastive_loss,
     descriptor_similarity,
-    gather_rows,
     warmup_weight,
 )
+from lungseg.diffusion.gather import gather_rows
 
 MODES = pytest.mark.parametrize("contrast", ["grey-zone", "threshold", "diagonal"])
 

@@ -12,17 +12,13 @@ import torch
 from diffusion_fixture import patch_source, randomise, tiny_config, window_statistics, write_volume
 from torch.utils.data import DataLoader, default_collate
 
+import lungseg.diffusion.distilled_diffusion as losses_module
 import lungseg.diffusion.training as training_module
 from lungseg.diffusion.checkpoint import load_training_state, save_training_state, unet_spec
 from lungseg.diffusion.distillation import StudentHead
-from lungseg.diffusion.training import (
-    MAX_SKIPPED_IN_A_ROW,
-    MIN_TOKEN_LUNG,
-    DistilledDiffusion,
-    Trainer,
-    TrainingImages,
-    teacher_halo,
-)
+from lungseg.diffusion.distilled_diffusion import DistilledDiffusion
+from lungseg.diffusion.training import MAX_SKIPPED_IN_A_ROW, Trainer
+from lungseg.diffusion.training_images import MIN_TOKEN_LUNG, TrainingImages, teacher_halo
 from lungseg.diffusion.unet import UNet
 from lungseg.errors import MismatchError, UsageError
 from lungseg.radiomics.descriptor import FEATURE_NAMES, compute_descriptors
@@ -37,7 +33,7 @@ def volumes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(volumes):
-    return window_statistics(volumes, 8)
+    return (window_statistics(volumes, 8),)
 
 
 def _images(volumes, config, **options):
@@ -113,7 +109,7 @@ def test_image_has_the_stated_shapes(volumes):
     assert (image["token"].shape, image["token_valid"].shape) == ((4, 3), (4,))
 
 
-@pytest.mark.parametrize(("values", "halo"), [({"teacher_window": 16}, 6), ({"teacher_window": 4}, 0)])
+@pytest.mark.parametrize(("values", "halo"), [({"teacher_windows": (16,)}, 6), ({"teacher_windows": (4,)}, 0)])
 def test_halo_follows_the_teacher_window(values, halo):
     assert teacher_halo(tiny_config(**values)) == halo
     assert teacher_halo(tiny_config(**values, distill="none")) == 0
@@ -150,7 +146,7 @@ def test_teacher_is_heard_at_low_noise_only_and_clean_images_have_no_noise_to_pr
 
 @pytest.mark.parametrize("window", [4, 8, 12])
 def test_chosen_tokens_are_different_and_mostly_lung(volumes, window):
-    config = tiny_config(teacher_window=window, tokens_per_patch=20)
+    config = tiny_config(teacher_windows=(window,), tokens_per_patch=20)
     images = _images(volumes, config)
     filled = []
     for i in range(12):
@@ -184,13 +180,14 @@ def test_without_token_distillation_no_token_is_chosen(volumes, distill):
 @pytest.mark.parametrize("window", [4, 8, 12])
 def test_teacher_sees_the_window_centred_on_its_token(volumes, statistics, window):
     """Cut directly from the volume: a token of 4^3 voxels, and as much around it on either side."""
-    config = tiny_config(teacher_window=window, flips=False, tokens_per_patch=3)
+    config = tiny_config(teacher_windows=(window,), flips=False, tokens_per_patch=3)
     source = patch_source(volumes, config, halo=teacher_halo(config))
     images, model = TrainingImages(source, config), DistilledDiffusion(config, statistics)
     for index in range(8):
         batch = _batch(images, [index])
-        windows, masks, valid = model._teacher_windows(batch)
-        raw = model._descriptors(windows, masks, batch["lung_median_hu"].repeat_interleave(3), valid)
+        valid = batch["token_valid"].flatten()
+        windows, masks = model.teacher_windows(batch, window)
+        raw = model.describe([(windows, masks)], batch["lung_median_hu"].repeat_interleave(3), valid)
         path, corner = _place(source, config, index)
         with Artefact(path, "volume") as artefact:
             pad = [(16, 16)] * 3
@@ -208,13 +205,14 @@ def test_teacher_sees_the_window_centred_on_its_token(volumes, statistics, windo
             assert torch.equal(windows[slot], cut)
             assert torch.equal(masks[slot], inside)
             rows = compute_descriptors(cut[None].float(), inside[None], lung_median_hu=torch.tensor(median), mcc=False)
-            assert torch.equal(raw[slot], statistics.apply(rows)[0])
+            assert torch.equal(raw[slot], statistics[0].apply(rows)[0])
 
 
 def _place(source, config, index):
     """Volume and corner of image ``index``, drawn as ``PatchSource.read`` documents: from (seed, index) only."""
     rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
-    path, corners, _ = source._cases[int(rng.integers(len(source._cases)))]
+    case = source._cases[int(rng.integers(len(source._cases)))]
+    path, corners = case.path, case.corners
     return path, corners[int(rng.integers(len(corners)))] + source._jitter(rng)
 
 
@@ -235,8 +233,8 @@ def test_flipped_patch_has_flipped_teacher_windows(volumes, statistics):
         mirrored = b["token"].clone()
         for axis in axes[0]:
             mirrored[..., axis - 1] = plain.patch_size[axis - 1] // 4 - 1 - mirrored[..., axis - 1]
-        mine = model._teacher_windows(b)[0]
-        theirs = model._teacher_windows({**a, "token": mirrored})[0]
+        mine = model.teacher_windows(b, 8)[0]
+        theirs = model.teacher_windows({**a, "token": mirrored}, 8)[0]
         assert torch.equal(mine, theirs.flip(axes[0]) if axes[0] else theirs)
     assert seen > 4
 
@@ -250,7 +248,7 @@ def test_student_token_lies_under_the_teachers_window(volumes, statistics):
     place = torch.arange(4 * d * h * w, dtype=torch.float32).view(4, 1, d, h, w)
     seen = []
     model.head.forward = lambda tokens: seen.append(tokens) or (torch.eye(16, 16), torch.zeros(16, 34))
-    model._distill(batch, place.expand(4, 16, d, h, w))
+    model._taught(batch, place.expand(4, 16, d, h, w))
     z, y, x = batch["token"].reshape(-1, 3).unbind(1)
     row = torch.arange(4).repeat_interleave(4)
     assert torch.equal(seen[0], place[row, 0, z, y, x][:, None].expand(16, 16))
@@ -259,7 +257,7 @@ def test_student_token_lies_under_the_teachers_window(volumes, statistics):
 def test_distillation_needs_the_standardisation(volumes):
     config = tiny_config()
     with pytest.raises(MismatchError, match="standardisation"):
-        DistilledDiffusion(config, None)(_batch(_images(volumes, config), range(4)), 0.5)
+        DistilledDiffusion(config, ())(_batch(_images(volumes, config), range(4)), 0.5)
 
 
 # --- losses ---
@@ -270,7 +268,7 @@ def test_distillation_needs_the_standardisation(volumes):
 def test_diffusion_loss_of_an_untrained_network_is_the_size_of_its_target(volumes, prediction, loss):
     config = tiny_config(prediction=prediction, loss=loss, distill="none")
     batch = _batch(_images(volumes, config), range(4))
-    model = DistilledDiffusion(config, None)
+    model = DistilledDiffusion(config, ())
     x_0 = model.window.normalise(batch["volume_hu"])
     a = model.schedule.alpha_bar[batch["t"]].view(-1, 1, 1, 1)
     eps = batch["eps"]
@@ -298,7 +296,7 @@ def test_diffusion_loss_compares_the_prediction_with_the_noise_of_the_patch(volu
 def test_total_grows_linearly_with_the_weight(volumes, distill):
     window = 8 if distill == "tokens" else 16
     config = tiny_config(distill=distill, patch_size=(16, 16, 16), regression_weight=1.5, distill_weight=0.5)
-    model = DistilledDiffusion(config, window_statistics(volumes, window))
+    model = DistilledDiffusion(config, (window_statistics(volumes, window),))
     batch = _batch(_images(volumes, config), range(4))
     quarter, half = model(batch, 0.25), model(batch, 0.5)
     assert half["contrast"].item() == quarter["contrast"].item()
@@ -392,7 +390,7 @@ def test_step_reports_the_weight_it_used(volumes, statistics):
 
 def test_learning_rate_rises_then_falls(volumes):
     config = tiny_config(distill="none", total_images=80, warmup_share=0.2, unet_rate_scale=0.05, learning_rate=2e-3)
-    trainer, images = Trainer(config, None, device="cpu"), _images(volumes, config)
+    trainer, images = Trainer(config, (), device="cpu"), _images(volumes, config)
     batch, rates = _batch(images, range(4)), []
     for _ in range(20):
         rates.append(trainer.step(batch, num_images=4).values["rate"])
@@ -435,7 +433,7 @@ def test_student_weights_fit_a_student(volumes, statistics):
 
 def test_gradient_norm_is_clipped(volumes):
     config = tiny_config(distill="none", clip_norm=1e-3)
-    trainer = Trainer(config, None, device="cpu")
+    trainer = Trainer(config, (), device="cpu")
     result = trainer.step(_batch(_images(volumes, config), range(4)), num_images=4)
     squares = sum(p.grad.square().sum() for p in trainer.model.parameters() if p.grad is not None)
     assert result.values["gradient_norm"] > 1e-2
@@ -469,7 +467,7 @@ def test_batch_with_nan_is_skipped_and_counted(volumes, statistics, head_norm):
 
 def test_many_skipped_steps_in_a_row_stop_the_run(volumes):
     config = tiny_config(distill="none", total_images=1000)
-    trainer, images = Trainer(config, None, device="cpu"), _images(volumes, config)
+    trainer, images = Trainer(config, (), device="cpu"), _images(volumes, config)
     good, bad = _batch(images, [0]), _nan(_batch(images, [0]))
     for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
         trainer.step(bad, num_images=1)
@@ -483,9 +481,9 @@ def test_many_skipped_steps_in_a_row_stop_the_run(volumes):
 
 def test_count_of_skipped_steps_survives_resuming(volumes):
     config = tiny_config(distill="none")
-    trainer = Trainer(config, None, device="cpu")
+    trainer = Trainer(config, (), device="cpu")
     trainer.step(_nan(_batch(_images(volumes, config), [0])), num_images=1)
-    resumed = Trainer(config, None, device="cpu")
+    resumed = Trainer(config, (), device="cpu")
     resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
     assert (resumed.skipped, resumed.state_dict()["skipped_in_a_row"]) == (1, 1)
 
@@ -501,13 +499,13 @@ def test_teacher_and_contrast_stay_in_fp32_under_autocast(volumes, statistics, m
     batch = _batch(_images(volumes, config), range(4))
     exact = model(batch, 0.5)
     dtypes = []
-    compute = training_module.compute_descriptors
+    compute = losses_module.compute_descriptors
 
     def spy(patches, masks, **options):
         dtypes.append((patches.dtype, torch.is_autocast_enabled("cpu")))
         return compute(patches, masks, **options)
 
-    monkeypatch.setattr(training_module, "compute_descriptors", spy)
+    monkeypatch.setattr(losses_module, "compute_descriptors", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(batch, 0.5)
     assert dtypes == [(torch.float32, False)]
@@ -544,7 +542,7 @@ def test_one_patch_is_learnt(volumes):
     )
     images = _images(volumes[:1], config)
     one = images[0]
-    trainer = Trainer(config, None, device="cpu")
+    trainer = Trainer(config, (), device="cpu")
 
     def batch(indices):
         drawn = _batch(images, indices)
@@ -582,7 +580,7 @@ def test_student_learns_what_the_teacher_says(volumes, statistics):
 
 
 def test_synchronised_batch_norm_on_cpus_is_refused(statistics, monkeypatch):
-    monkeypatch.setattr(training_module, "_world_size", lambda: 2)
+    monkeypatch.setattr(training_module, "world_size", lambda: 2)
     with pytest.raises(UsageError, match="--head-norm batch needs GPUs or a single process"):
         Trainer(tiny_config(head_norm="batch"), statistics, device="cpu")
 

@@ -23,7 +23,7 @@ from lungseg.diffusion.checkpoint import read_model_file
 from lungseg.errors import InputError, Interrupted, MismatchError, PartialError, ResourceError
 from lungseg.radiomics.descriptor import DESCRIPTOR_VERSION
 from lungseg.stages import launch as launching
-from lungseg.stages import train_ddpm as training
+from lungseg.stages import training_loop as training
 from lungseg.stages.extract_radiomics import extract_radiomics, find_training_cases, training_cases
 from lungseg.stages.train_ddpm import train_ddpm
 from lungseg.store.atomic import read_json, write_json
