@@ -64,7 +64,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "checkpoint_images": 1_200,
             "log_images": 240,
         },
-        ClusterConfig: {"pca": 12, "iterations": 200, "tokens_per_case": 4_000},
+        ClusterConfig: {"encoding": "windows", "pca": 12, "iterations": 200, "tokens_per_case": 4_000},
         SynthesizeConfig: {"steps": 20},
     },
     # one consumer GPU

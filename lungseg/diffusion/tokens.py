@@ -71,22 +71,63 @@ def encode_windows(
     -------
     float32 array, shape (N, C, D/p, H/p, W/p)
     """
+    blocks = [
+        embed(student, student.unet.encode(*network_input(student, windows_hu, masks, corners, noise, t)))
+        for t in timesteps
+    ]
+    return combine_levels(blocks, combine).cpu().numpy()
+
+
+@torch.no_grad()
+def window_activations(
+    student: Student,
+    windows_hu: np.ndarray,
+    masks: np.ndarray,
+    corners: np.ndarray,
+    noise: NoiseField,
+    *,
+    timestep: int,
+    blocks: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Feature maps float32 (N, C, d, h, w) of named blocks for a batch of windows; see :func:`encode_windows`.
+
+    Nothing deeper than the deepest block asked is computed. Names are those of ``UNetSpec.block_names``.
+    """
+    inputs = network_input(student, windows_hu, masks, corners, noise, timestep)
+    found = student.unet.activations(*inputs, blocks)
+    return {name: found[name].float().contiguous().cpu().numpy() for name in blocks}
+
+
+def network_input(
+    student: Student, boxes_hu: np.ndarray, masks: np.ndarray, corners: np.ndarray, noise: NoiseField, timestep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the U-Net is given of boxes (N, D, H, W) of a volume at one noise level: input (N, 2, D, H, W), times (N,).
+
+    Raises
+    ------
+    MismatchError
+        From the window, if it must be told the volume's range first (``Student.for_volume``).
+    """
     device = next(student.unet.parameters()).device
-    x_0 = student.window.normalise(torch.from_numpy(windows_hu).to(device))
+    x_t = student.window.normalise(torch.from_numpy(boxes_hu).to(device))
+    times = torch.full((len(x_t),), int(timestep), device=device)
+    if timestep > 0:
+        eps = np.stack([noise.box(int(timestep), corner, boxes_hu.shape[1:]) for corner in corners])
+        x_t = student.schedule.q_sample(x_t, times, torch.from_numpy(eps).to(device))
     mask = torch.from_numpy(masks).to(device, torch.float32)
-    blocks = []
-    for t in timesteps:
-        times = torch.full((len(x_0),), int(t), device=device)
-        x_t = x_0
-        if t > 0:
-            eps = np.stack([noise.box(int(t), corner, windows_hu.shape[1:]) for corner in corners])
-            x_t = student.schedule.q_sample(x_0, times, torch.from_numpy(eps).to(device))
-        bottleneck = student.unet.encode(torch.stack([x_t, mask], dim=1), times)  # (N, C, d, h, w)
-        tokens = bottleneck.float().movedim(1, -1)
-        z = student.head(tokens.flatten(0, -2))[0].view(*tokens.shape[:-1], -1)
-        blocks.append(z.movedim(-1, 1))
+    return torch.stack([x_t, mask], dim=1), times
+
+
+def embed(student: Student, bottleneck: torch.Tensor) -> torch.Tensor:
+    """Unit vectors float32 (N, E, *S) of the student's head, of a bottleneck (N, C, *S)."""
+    tokens = bottleneck.float().movedim(1, -1)
+    z = student.head(tokens.flatten(0, -2))[0].view(*tokens.shape[:-1], -1)
+    unit: torch.Tensor = z.float().movedim(-1, 1)
+    return unit
+
+
+def combine_levels(blocks: Sequence[torch.Tensor], combine: str) -> torch.Tensor:
+    """Descriptors (N, C, ...) of several noise levels: `concat` side by side, `average` their normalised mean."""
     if combine == "concat":
-        result = torch.cat(blocks, dim=1)
-    else:
-        result = torch.nn.functional.normalize(torch.stack(blocks).mean(0), dim=1)
-    return result.float().cpu().numpy()
+        return torch.cat(list(blocks), dim=1)
+    return torch.nn.functional.normalize(torch.stack(list(blocks)).mean(0), dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,6 @@ from lungseg.config.cluster import ClusterConfig
 from lungseg.config.execution import Execution, resolve_device
 from lungseg.config.fields import to_dict
 from lungseg.diffusion.checkpoint import Student, load_student, read_model_file, save_model
-from lungseg.diffusion.tokens import NoiseField, encode_windows
 from lungseg.errors import InputError, MismatchError
 from lungseg.segmentation.density import (
     TokenStatistics,
@@ -24,15 +23,8 @@ from lungseg.segmentation.density import (
     smooth_hu,
     token_statistics,
 )
-from lungseg.segmentation.lattice import (
-    TokenFusion,
-    gaussian_window,
-    lattice_shape,
-    pad_volume,
-    padded_shape,
-    token_mask_fraction,
-    window_corners,
-)
+from lungseg.segmentation.encoding import encode_lung, resolve_encoding
+from lungseg.segmentation.lattice import token_mask_fraction
 from lungseg.segmentation.mixture import MixtureFit, fit_mixture
 from lungseg.segmentation.naming import (
     ComponentName,
@@ -46,7 +38,6 @@ from lungseg.stages.extract_radiomics import training_cases
 from lungseg.store.atomic import atomic_path, read_json, write_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
-from lungseg.store.patches import mask_fractions
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import check_current, make_provenance, write_artefact
 from lungseg.tissue import TISSUES, tissue_by_name
@@ -54,11 +45,13 @@ from lungseg.tissue import TISSUES, tissue_by_name
 log = logging.getLogger(__name__)
 
 _TOKEN_SETTINGS = (
-    "timesteps", "combine", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
+    "timesteps", "combine", "encoding", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
 )  # fmt: skip
 """Settings the tokens depend on."""
 _SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window", "naming_sigma_mm")
-_FIT_SETTINGS = tuple(f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size"))
+_FIT_SETTINGS = tuple(
+    f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size", "slab_voxels")
+)
 _STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
 
 
@@ -116,6 +109,7 @@ def cluster(
     student = load_student(model_path)
     store.check_uniform(case_ids)
     _check_model(store, student, config)
+    config = dataclasses.replace(config, encoding=resolve_encoding(student, config.encoding))
     outcomes: tuple[CaseOutcome, ...] = ()
     if fit is not None:
         fitted = load_fit(Path(fit))
@@ -151,7 +145,7 @@ def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: 
     """Refuse a fit of another model, or of tokens made with other settings."""
     if fitted.provenance["inputs"].get("model") != student.fingerprint:
         raise MismatchError(f"the fit {path} belongs to another model than the one given with --model")
-    made, wanted = fitted.provenance["config"], to_dict(config)
+    made, wanted = fitted_settings(fitted.provenance), to_dict(config)
     differing = [
         f"{key}: fitted with {made.get(key)}, now {wanted[key]}"
         for key in _TOKEN_SETTINGS
@@ -159,6 +153,11 @@ def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: 
     ]
     if differing:
         raise MismatchError(f"the fit {path} needs tokens made as its own were ({'; '.join(differing)})")
+
+
+def fitted_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings a fit was made with; those made before there were slabs took windows."""
+    return {"encoding": "windows", **provenance["config"]}
 
 
 def find_model(path: Path) -> Path:
@@ -203,45 +202,9 @@ def _student(path: Path, device: str) -> Student:
     return _STUDENTS[key]
 
 
-def _windows(
-    image: np.ndarray, mask: np.ndarray, student: Student, config: ClusterConfig
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Corners (n, 3) and token descriptors (n, C, d, h, w) of all windows with lung, batch by batch."""
-    patch, p = student.config.patch_size, student.config.token_size
-    target = padded_shape(image.shape, patch, p)
-    image, mask = pad_volume(image, target), np.pad(mask, [(0, t - n) for t, n in zip(target, mask.shape, strict=True)])
-    stride = [max(p, round(n * (1 - config.overlap) / p) * p) for n in patch]
-    corners = window_corners(target, patch, stride, token_size=p)
-    corners = corners[mask_fractions(mask, corners, patch) >= max(config.min_window_lung, 1e-9)]
-    noise = NoiseField(config.seed, (target[1], target[2]))
-    for start in range(0, len(corners), config.batch_size):
-        part = corners[start : start + config.batch_size]
-        boxes = [tuple(slice(c, c + n) for c, n in zip(corner, patch, strict=True)) for corner in part]
-        hu, lung = np.stack([image[box] for box in boxes]), np.stack([mask[box] > 0 for box in boxes])
-        yield part, encode_windows(student, hu, lung, part, noise, timesteps=config.timesteps, combine=config.combine)
-
-
 def case_tokens(volume: Artefact, student: Student, config: ClusterConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Fused tokens of one case.
-
-    Returns
-    -------
-    features : float32 array, shape (C, z, y, x)
-        On the token lattice; zero where no window reached.
-    usable : bool array, shape (z, y, x)
-        Tokens that any window covered and that hold any lung.
-    """
-    image, mask = volume.read("image"), volume.read("mask")
-    student = student.for_volume(image)
-    embedding, p = student.config.embedding, student.config.token_size
-    channels = embedding * (len(config.timesteps) if config.combine == "concat" else 1)
-    fusion = TokenFusion(lattice_shape(image.shape, p), channels)
-    weights = gaussian_window([n // p for n in student.config.patch_size], config.window_sigma)
-    for corners, features in _windows(image, mask, student, config):
-        for corner, feature in zip(corners, features, strict=True):
-            fusion.add(corner // p, feature, weights)
-    fused, covered = fusion.result(unit_blocks=embedding)
-    return fused, covered & (token_mask_fraction(mask > 0, p) > 0)
+    """Tokens of one case and which of them can be used; see :func:`encode_lung`."""
+    return encode_lung(volume.read("image"), volume.read("mask") > 0, student, config)
 
 
 def _sample_one(

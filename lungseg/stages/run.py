@@ -21,7 +21,7 @@ from lungseg.config.run import RunConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
-from lungseg.stages.cluster import cluster, find_model
+from lungseg.stages.cluster import cluster, find_model, fitted_settings
 from lungseg.stages.cohort import CaseOutcome, StageResult, output_folder
 from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
@@ -177,8 +177,8 @@ def _dictated(model: Path) -> dict[type, dict[str, Any]]:
     }
     metadata, _ = read_model_file(model)
     if metadata["extra"]:
-        fitted = metadata["extra"]["provenance"]["config"]
-        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size"}
+        fitted = fitted_settings(metadata["extra"]["provenance"])
+        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size", "slab_voxels"}
         result[ClusterConfig] = {key: value for key, value in fitted.items() if key in names}
     return result
 
