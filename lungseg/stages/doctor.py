@@ -26,6 +26,7 @@ _OPTIONAL = (
         "extract-radiomics --backend pyradiomics",
         "pip install 'lungseg[pyradiomics]' (needs a C++ compiler)",
     ),
+    ("tensorboard", "tensorboard", "train-ddpm --tensorboard", "pip install 'lungseg[tensorboard]'"),
     ("distributed", "distributed", "spreading cases over a cluster with dask", "pip install 'lungseg[cluster]'"),
 )
 
