@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 from lungseg.diffusion.checkpoint import Student
+from lungseg.diffusion.unet import MIDDLE
 
+EMBEDDING = "embedding"
+"""Name of the student head's output among the blocks of the network."""
 PLANES_KEPT = 256
 """Noise planes kept in memory: more than the depth of any patch, so overlapping windows do not draw them twice."""
 
@@ -79,7 +82,7 @@ def encode_windows(
 
 
 @torch.no_grad()
-def window_activations(
+def token_activations(
     student: Student,
     windows_hu: np.ndarray,
     masks: np.ndarray,
@@ -89,13 +92,36 @@ def window_activations(
     timestep: int,
     blocks: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Feature maps float32 (N, C, d, h, w) of named blocks for a batch of windows; see :func:`encode_windows`.
+    """Features of the tokens of a batch of windows in any blocks of the network, at one noise level.
 
-    Nothing deeper than the deepest block asked is computed. Names are those of ``UNetSpec.block_names``.
+    Nothing deeper than the deepest block asked is computed. Other parameters as for :func:`encode_windows`.
+
+    Parameters
+    ----------
+    blocks : sequence of str
+        Names of ``UNetSpec.block_names``, or `embedding`: what the head makes of the middle.
+
+    Returns
+    -------
+    dict of float32 arrays, shape (N, C, D/p, H/p, W/p)
+        By block. Maps finer than a token are averaged over its cell.
+
+    Raises
+    ------
+    UsageError
+        For an unknown block.
     """
     inputs = network_input(student, windows_hu, masks, corners, noise, timestep)
-    found = student.unet.activations(*inputs, blocks)
-    return {name: found[name].float().contiguous().cpu().numpy() for name in blocks}
+    found = student.unet.activations(*inputs, [MIDDLE if name == EMBEDDING else name for name in blocks])
+    result = {}
+    for name in blocks:
+        if name == EMBEDDING:
+            features = embed(student, found[MIDDLE])
+        else:
+            cells = student.unet.spec.token_size // student.unet.spec.voxels_per_cell(name)
+            features = torch.nn.functional.avg_pool3d(found[name].float(), cells) if cells > 1 else found[name].float()
+        result[name] = features.contiguous().cpu().numpy()
+    return result
 
 
 def network_input(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -108,7 +108,7 @@ def cluster(
     model_path = find_model(Path(model))
     student = load_student(model_path)
     store.check_uniform(case_ids)
-    _check_model(store, student, config)
+    check_model(store, student, config.timesteps)
     config = dataclasses.replace(config, encoding=resolve_encoding(student, config.encoding))
     outcomes: tuple[CaseOutcome, ...] = ()
     if fit is not None:
@@ -178,14 +178,21 @@ def find_model(path: Path) -> Path:
     return path
 
 
-def _check_model(store: Store, student: Student, config: ClusterConfig) -> None:
+def check_model(store: Store, student: Student, timesteps: Sequence[int]) -> None:
+    """Refuse a store of another spacing than the model's, and noise levels that its diffusion does not have.
+
+    Raises
+    ------
+    MismatchError
+        Saying which, and what to do.
+    """
     spacing, trained = float(store.header["config"]["spacing_mm"]), float(student.card["spacing_mm"])
     if abs(spacing - trained) > 1e-6:
         raise MismatchError(
             f"the model was trained at {trained} mm, store {store.path} has {spacing} mm: "
             f"make the store with --spacing-mm {trained}"
         )
-    beyond = [t for t in config.timesteps if t > student.schedule.num_steps]
+    beyond = [t for t in timesteps if t > student.schedule.num_steps]
     if beyond:
         raise MismatchError(f"--timesteps {beyond}: the model's diffusion has {student.schedule.num_steps} steps")
 
