@@ -52,6 +52,25 @@ class Student:
     card: dict[str, Any]
     """Model card: images seen, number of cases, spacing_mm, fingerprints of the training volumes, standardisations."""
 
+    @property
+    def embedding(self) -> int:
+        """Length of a token's descriptor at one noise level."""
+        projected = _taught(self.config) and self.config.distill_weight > 0
+        return self.config.embedding if projected else self.unet.spec.token_channels
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (M, embedding) of bottleneck tokens (M, C), by what was trained for it.
+
+        The head's projection if the contrast trained it, the layer before it if only the regression did, and the
+        tokens themselves if there was no distillation (METHOD 1.7, "diffusion only"): never untrained weights.
+        """
+        if not _taught(self.config):
+            return torch.nn.functional.normalize(tokens.float(), dim=-1)
+        if self.config.distill_weight == 0:
+            return torch.nn.functional.normalize(self.head.hidden(tokens).float(), dim=-1)
+        unit: torch.Tensor = self.head(tokens)[0].float()
+        return unit
+
     def for_volume(self, image_hu: np.ndarray) -> Student:
         """The same model for tokens of one volume, int16 HU (Z, Y, X): 8-bit input depends on the volume's range."""
         return dataclasses.replace(self, window=self.window.of_volume(image_hu))
@@ -67,6 +86,11 @@ class Student:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _taught(config: TrainConfig) -> bool:
+    """Whether any part of the head was trained."""
+    return config.distill != "none" and max(config.distill_weight, config.regression_weight) > 0
 
 
 def save_model(

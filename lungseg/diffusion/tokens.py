@@ -145,11 +145,9 @@ def network_input(
 
 
 def embed(student: Student, bottleneck: torch.Tensor) -> torch.Tensor:
-    """Unit vectors float32 (N, E, *S) of the student's head, of a bottleneck (N, C, *S)."""
+    """Unit vectors float32 (N, E, *S) the student makes of a bottleneck (N, C, *S)."""
     tokens = bottleneck.float().movedim(1, -1)
-    z = student.head(tokens.flatten(0, -2))[0].view(*tokens.shape[:-1], -1)
-    unit: torch.Tensor = z.float().movedim(-1, 1)
-    return unit
+    return student.embed(tokens.flatten(0, -2)).view(*tokens.shape[:-1], -1).movedim(-1, 1)
 
 
 def combine_levels(blocks: Sequence[torch.Tensor], combine: str) -> torch.Tensor:

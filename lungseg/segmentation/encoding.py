@@ -73,7 +73,7 @@ def encode_lung(
             student, image_hu, mask, timesteps=config.timesteps, combine=config.combine, seed=config.seed,
             max_voxels=config.slab_voxels,
         )  # fmt: skip
-    embedding, p = student.config.embedding, student.config.token_size
+    embedding, p = student.embedding, student.config.token_size
     channels = embedding * (len(config.timesteps) if config.combine == "concat" else 1)
     fusion = TokenFusion(lattice_shape(image_hu.shape, p), channels)
     weights = gaussian_window([n // p for n in student.config.patch_size], config.window_sigma)

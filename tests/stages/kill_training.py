@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does
 
 from training_fixture import QUIET, quick
 
-IMAGES_A_KILL = 24
+IMAGES_A_KILL = 32
 
 
 def config_for(kills: int) -> TrainConfig:
@@ -34,16 +34,26 @@ def _train(store: Path, run: Path, kills: int) -> None:
     train_ddpm(store, run, config_for(kills), execution=QUIET)
 
 
+def _saved(run: Path) -> int:
+    """Images of the newest checkpoint, 0 if there is none."""
+    return max([int(path.stem.split("-")[1]) for path in run.glob("checkpoint-*.pt")], default=0)
+
+
 def main(store: Path, run: Path, kills: int, seconds: float) -> None:
-    """Live and die ``kills`` times, then live to the end."""
+    """Live and die ``kills`` times, then live to the end.
+
+    Every second life may save once before its hour comes, as a short one would otherwise never get beyond its start.
+    """
     context, moments = multiprocessing.get_context("fork"), random.Random(kills)
     resumed_from, deaths, partials = [], 0, 0
     while True:
+        before = _saved(run)
         life = context.Process(target=_train, args=(store, run, kills))
         life.start()
         if deaths < kills:
-            # a life makes up for one kill's share of the run, more or less
-            life.join(2.5 * moments.random() * seconds / kills)
+            while deaths % 2 and life.exitcode is None and _saved(run) == before:
+                time.sleep(0.002)
+            life.join(moments.random() * seconds / kills)
             if life.exitcode is None:
                 os.kill(life.pid or 0, signal.SIGKILL)
                 deaths += 1
@@ -53,7 +63,7 @@ def main(store: Path, run: Path, kills: int, seconds: float) -> None:
         if life.exitcode != -signal.SIGKILL:
             sys.exit(f"a life ended with {life.exitcode}")
         partials += bool(list(run.glob("**/*.partial")))
-        resumed_from.append(max([int(path.stem.split("-")[1]) for path in run.glob("checkpoint-*.pt")], default=0))
+        resumed_from.append(_saved(run))
     print(json.dumps({"deaths": deaths, "partials": partials, "resumed_from": resumed_from}))
 
 

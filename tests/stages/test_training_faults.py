@@ -69,7 +69,7 @@ def test_row_46_killed_at_random_moments_gives_the_same_bytes(
     seconds = float(_driver(cohort.path, tmp_path / "whole", 0, kills))
     told = json.loads(_driver(cohort.path, tmp_path / "killed", kills, seconds))
     assert told["deaths"] == kills, told
-    assert max(told["resumed_from"]) > 0, told  # not all died before their first checkpoint
+    assert len(set(told["resumed_from"])) > kills // 2, told  # they died at different places of the run
     assert told["resumed_from"] == sorted(told["resumed_from"]), told  # no life lost what another had saved
     assert tree_hashes(tmp_path / "killed") == tree_hashes(tmp_path / "whole")
 
