@@ -73,7 +73,6 @@ ABLATIONS: Mapping[str, Ablation] = {
     ),
     "no-turns": Ablation("no turns in the axial plane", {TrainConfig: {"axial_turns": False}}),
     "one-timestep": Ablation("one noise level", {ClusterConfig: {"timesteps": (10,)}}),
-    "no-fusion": Ablation("no Sobel-Diffusion Fusion", _NO_FUSION),
 }
 
 
