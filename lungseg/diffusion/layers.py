@@ -119,9 +119,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         h: torch.Tensor = self.conv_in(norm_silu(self.norm_in, x))
         shift = self.time(F.silu(time))
-        h = h + shift.view(*shift.shape, *[1] * (x.ndim - 2))
+        h.add_(shift.view(*shift.shape, *[1] * (x.ndim - 2)))  # in place: a convolution does not keep its output
         h = self.conv_out(norm_silu(self.norm_out, h))
-        return h + (x if isinstance(self.skip, nn.Identity) else pointwise(x, self.skip))
+        return h.add_(x if isinstance(self.skip, nn.Identity) else pointwise(x, self.skip))
 
 
 class Upsample(nn.Module):
