@@ -88,7 +88,7 @@ class TrainingLoop:
         Interrupted
             After SIGINT or SIGTERM, when the state is saved.
         """
-        with self._signals(), _loader_deaths(self._config):
+        with self._signals(), _loader_deaths(self._config), _fastest_convolutions(self._seat.device):
             return self._run()
 
     def _run(self) -> tuple[Trainer, Pace]:
@@ -289,6 +289,17 @@ def _loader_deaths(config: TrainConfig) -> Iterator[None]:
             f"a loader process died, most likely for lack of memory ({error}): lower --workers (now "
             f"{config.workers}) or --cache-gib (now {config.cache_gib:g}) and run the same command again"
         ) from error
+
+
+@contextmanager
+def _fastest_convolutions(device: str) -> Iterator[None]:
+    """On CUDA let cuDNN try its algorithms once: all batches have one shape."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.startswith("cuda")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _ignore_signals(worker: int) -> None:
