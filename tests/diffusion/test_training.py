@@ -640,6 +640,38 @@ def test_bf16_step_on_a_gpu(volumes, statistics):
     assert result.values["diffusion"] == pytest.approx(exact.values["diffusion"], rel=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["off", "auto"])
+def test_all_options_together_on_a_gpu(volumes, compiled):
+    """Parts, queue, rank floor, recomputation, 8-bit input and compilation: near the losses on the CPU."""
+    settings = {
+        "accumulate": 2, "queue_size": 30, "collapse_weight": 0.5, "contrast": "soft", "gradient_checkpointing": True,
+        "hu_window": "8-bit", "prediction": "v", "zero_terminal": True, "snr_gamma": 5.0, "teacher_windows": (8, 16),
+    }  # fmt: skip
+    config = tiny_config(**settings, precision="auto", compile=compiled)
+    statistics = tuple(window_statistics(volumes, window) for window in (8, 16))
+    images = _images(volumes, config)
+    trainers = [Trainer(config, statistics, device=device) for device in ("cuda", "cpu")]
+    results = [_train(trainer, images, 0, 8) for trainer in trainers]
+    for on_gpu, on_cpu in zip(*results, strict=True):
+        assert not on_gpu.skipped
+        assert on_gpu.values["diffusion"] == pytest.approx(on_cpu.values["diffusion"], rel=0.03)
+        assert on_gpu.values["regression"] == pytest.approx(on_cpu.values["regression"], rel=0.05)
+    assert len(trainers[0].queue.rows) == len(trainers[1].queue.rows)
+
+
+@pytest.mark.gpu
+def test_estimate_of_the_memory_bounds_the_peak_on_a_gpu(volumes):
+    from lungseg.diffusion.footprint import footprint
+
+    config = tiny_config(base_width=32, batch_size=8, precision="auto", compile="off", distill="none")
+    torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(config, (), device="cuda")
+    _train(trainer, _images(volumes, config), 0, 16, batch_size=8)
+    needed = footprint(config).memory_bytes(images=8, precision=trainer.precision, device="cuda")
+    assert torch.cuda.max_memory_allocated() < needed
+
+
 def test_row_52_auto_precision_is_fp32_on_a_cpu(statistics):
     assert Trainer(tiny_config(precision="auto"), statistics, device="cpu").precision == "fp32"
 
