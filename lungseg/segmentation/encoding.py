@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from lungseg.config.cluster import ClusterConfig
 from lungseg.diffusion.checkpoint import Student
@@ -21,6 +23,8 @@ from lungseg.segmentation.lattice import (
 )
 from lungseg.segmentation.slabs import encode_slabs
 from lungseg.store.patches import mask_fractions
+
+log = logging.getLogger(__name__)
 
 
 def resolve_encoding(student: Student, encoding: str) -> str:
@@ -95,8 +99,19 @@ def _windows(
     corners = window_corners(target, patch, stride, token_size=p)
     corners = corners[mask_fractions(mask, corners, patch) >= max(config.min_window_lung, 1e-9)]
     noise = NoiseField(config.seed, (target[1], target[2]))
-    for start in range(0, len(corners), config.batch_size):
-        part = corners[start : start + config.batch_size]
+    size, start = config.batch_size, 0
+    while start < len(corners):
+        part = corners[start : start + size]
         boxes = [tuple(slice(c, c + n) for c, n in zip(corner, patch, strict=True)) for corner in part]
         hu, lung = np.stack([image[box] for box in boxes]), np.stack([mask[box] > 0 for box in boxes])
-        yield part, encode_windows(student, hu, lung, part, noise, timesteps=config.timesteps, combine=config.combine)
+        try:
+            tokens = encode_windows(student, hu, lung, part, noise, timesteps=config.timesteps, combine=config.combine)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2
+            torch.cuda.empty_cache()
+            log.warning("the device has no memory for the windows; going on with %d at a time", size)
+            continue
+        yield part, tokens
+        start += size

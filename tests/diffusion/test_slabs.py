@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusion_fixture import tiny_student
 
+import lungseg.segmentation.encoding as encoding
 import lungseg.segmentation.slabs as slabs
 from lungseg.config.cluster import ClusterConfig
 from lungseg.diffusion.tokens import NoiseField, embed, network_input
@@ -142,6 +143,23 @@ def test_row_54_no_memory_halves_the_slabs_and_gives_the_same(volume, monkeypatc
     monkeypatch.setattr(slabs, "MIN_SLAB_VOXELS", 40_000)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         encode_slabs(student, *volume, timesteps=(0,), seed=SEED, max_voxels=80_000)
+
+
+def test_row_54_no_memory_halves_the_windows_and_gives_the_same(volume, monkeypatch, caplog):
+    student = tiny_student()
+    config = ClusterConfig(encoding="windows", timesteps=(0,), seed=SEED, batch_size=16)
+    expected, usable = encode_lung(*volume, student, config)
+    encode = encoding.encode_windows
+
+    def small_device(student, windows, *arguments, **options):
+        if len(windows) > 5:
+            raise torch.cuda.OutOfMemoryError("injected")
+        return encode(student, windows, *arguments, **options)
+
+    monkeypatch.setattr(encoding, "encode_windows", small_device)
+    features, _ = encode_lung(*volume, student, config)
+    np.testing.assert_allclose(features[:, usable], expected[:, usable], atol=1e-5)
+    assert "going on with 4 at a time" in caplog.text
 
 
 def test_pieces_cover_an_axis_with_halos_inside_it():
