@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/real_series.py
 	$(BIN)/python tests/benchmarks/preprocess_speed.py
 	$(BIN)/python tests/benchmarks/preprocess_memory.py
+	$(BIN)/python tests/benchmarks/student_speed.py
 
 tables: demo
 	@cat $(DEMO_OUTPUT)/test/scores/table.md
