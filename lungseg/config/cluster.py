@@ -38,11 +38,8 @@ class ClusterConfig:
     tokens_per_case: int = option(20_000, "Tokens sampled a case for the fit.", minimum=10)
     max_tokens: int = option(500_000, "Tokens in the fit, over all cases.", minimum=100)
     batch_size: int = option(16, "Windows per forward pass.", minimum=1)
-    slab_voxels: int = option(
-        4_000_000,
-        "Largest slab of the network's input: bounds the memory, not the result.",
-        unit="voxels",
-        minimum=4096,
+    slab_gib: float = option(
+        2.0, "Memory of the largest slab (encoding slabs); the tokens do not depend on it.", unit="GiB", above=0.0
     )
     seed: int = option(42, "Seed of the noise, the sampling and the fit.", minimum=0, maximum=MAX_SEED)
 

@@ -17,14 +17,17 @@ from lungseg.diffusion.unet import MIDDLE
 EMBEDDING = "embedding"
 """Name of the student head's output among the blocks of the network."""
 PLANES_KEPT = 256
-"""Noise planes kept in memory: more than the depth of any patch, so overlapping windows do not draw them twice."""
+"""Noise planes kept in memory, at least: more than the depth of any patch, so that overlapping windows do not draw
+them twice."""
 
 
 class NoiseField:
     """Standard normal noise as a function of (seed, t, voxel position): the same in every window that sees a voxel."""
 
-    def __init__(self, seed: int, plane_shape: tuple[int, int]) -> None:
+    def __init__(self, seed: int, plane_shape: tuple[int, int], *, depth: int = 0) -> None:
+        """``depth``: planes of the deepest box that will be asked for; boxes beside each other share their planes."""
         self._seed = seed
+        self._kept = max(depth, PLANES_KEPT)
         self._shape = plane_shape
         self._planes: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -33,7 +36,7 @@ class NoiseField:
         if key not in self._planes:
             rng = np.random.Generator(np.random.Philox(key=[self._seed, t * 2**32 + z]))
             self._planes[key] = rng.standard_normal(self._shape, dtype=np.float32)
-            if len(self._planes) > PLANES_KEPT:
+            if len(self._planes) > self._kept:
                 self._planes.popitem(last=False)
         return self._planes[key]
 

@@ -21,7 +21,7 @@ from lungseg.segmentation.lattice import (
     token_mask_fraction,
     window_corners,
 )
-from lungseg.segmentation.slabs import encode_slabs
+from lungseg.segmentation.slabs import encode_slabs, max_slab_voxels
 from lungseg.store.patches import mask_fractions
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def encode_lung(
     if resolve_encoding(student, config.encoding) == "slabs":
         return encode_slabs(
             student, image_hu, mask, timesteps=config.timesteps, combine=config.combine, seed=config.seed,
-            max_voxels=config.slab_voxels,
+            max_voxels=max_slab_voxels(student.unet.spec, config.slab_gib),
         )  # fmt: skip
     embedding, p = student.embedding, student.config.token_size
     channels = embedding * (len(config.timesteps) if config.combine == "concat" else 1)

@@ -32,6 +32,12 @@ MIN_SLAB_VOXELS = 64**3
 """Below this a device without memory for a box is given up on."""
 
 
+FINE_MAPS = 4
+"""Feature maps of the finest level that exist at the same time in a pass without gradients (measured)."""
+INPUT_BYTES = 24
+"""Memory of a voxel of the input and its copies: two channels, folded and with the channels last (measured)."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One axis of a box: what it is for, and what the network must see for it."""
@@ -47,6 +53,12 @@ def axis_pieces(length: int, count: int, *, unit: int, halo: int) -> list[Piece]
         Piece(slice(a, min(a + step, length)), slice(max(a - halo, 0), min(a + step + halo, length)))
         for a in range(0, length, step)
     ]
+
+
+def max_slab_voxels(spec: UNetSpec, gib: float) -> int:
+    """Voxels of the largest box that the trunk takes through ``gib`` GiB of memory, in float32; at least one."""
+    per_voxel = 4 * FINE_MAPS * spec.base_width / spec.stem**spec.dims + INPUT_BYTES
+    return max(1, int(gib * 2**30 / per_voxel))
 
 
 def plan_boxes(
@@ -154,7 +166,6 @@ def encode_slabs(
     target = tuple(n * p for n in lattice_shape(mask.shape, p))
     image = pad_volume(image_hu, target)
     padded_mask = np.pad(mask, [(0, t - n) for t, n in zip(target, mask.shape, strict=True)])
-    noise = NoiseField(seed, (target[1], target[2]))
     num_blocks = len(timesteps) if combine == "concat" else 1
     width = student.head.project.out_features
     features = np.zeros((width * num_blocks, *usable.shape), dtype=np.float32)
@@ -162,7 +173,7 @@ def encode_slabs(
         return features, usable
     blocks = []
     for t in timesteps:
-        tokens, max_voxels = _trunk(student, image, padded_mask, usable, noise, t, max_voxels)
+        tokens, max_voxels = _trunk(student, image, padded_mask, usable, seed, t, max_voxels)
         blocks.append(_context(student, tokens, usable, t, max_voxels))
     features[:, usable] = combine_levels(blocks, combine).cpu().numpy().T
     return features, usable
@@ -173,7 +184,7 @@ def _trunk(
     image: np.ndarray,
     mask: np.ndarray,
     usable: np.ndarray,
-    noise: NoiseField,
+    seed: int,
     t: int,
     max_voxels: int,
 ) -> tuple[torch.Tensor, int]:
@@ -184,6 +195,8 @@ def _trunk(
     needed = needed_tokens(usable, spec)
     while True:
         axes = plan_boxes(image.shape, token_size=p, halo=halo, max_voxels=max_voxels)
+        depth = max(piece.seen.stop - piece.seen.start for piece in axes[0])
+        noise = NoiseField(seed, (image.shape[1], image.shape[2]), depth=depth)
         try:
             return _trunk_boxes(student, image, mask, needed, noise, t, itertools.product(*axes)), max_voxels
         except torch.cuda.OutOfMemoryError:

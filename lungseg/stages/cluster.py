@@ -50,7 +50,7 @@ _TOKEN_SETTINGS = (
 """Settings the tokens depend on."""
 _SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window", "naming_sigma_mm")
 _FIT_SETTINGS = tuple(
-    f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size", "slab_voxels")
+    f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size", "slab_gib")
 )
 _STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
 

@@ -178,7 +178,7 @@ def _dictated(model: Path) -> dict[type, dict[str, Any]]:
     metadata, _ = read_model_file(model)
     if metadata["extra"]:
         fitted = fitted_settings(metadata["extra"]["provenance"])
-        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size", "slab_voxels"}
+        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size", "slab_gib"}
         result[ClusterConfig] = {key: value for key, value in fitted.items() if key in names}
     return result
 

@@ -30,7 +30,7 @@ def test_auto_is_slabs_for_a_local_model_and_a_rerun_finds_its_work(copy: Path) 
         total = slabs.read("posterior").astype(float).sum(0)
     assert abs(total[covered] - 1).max() < 0.01
     again = cluster(
-        copy / "store", copy / "run", dataclasses.replace(config, encoding="slabs", slab_voxels=8_000), execution=QUIET
+        copy / "store", copy / "run", dataclasses.replace(config, encoding="slabs", slab_gib=0.001), execution=QUIET
     )
     assert {outcome.status for outcome in again.outcomes} == {SKIPPED}
 
