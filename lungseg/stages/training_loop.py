@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, default_collate
 from lungseg.config.execution import Execution
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_training_state, save_training_state
-from lungseg.diffusion.collapse import effective_rank
 from lungseg.diffusion.training import StepResult, Trainer
 from lungseg.diffusion.training_images import HELD_OUT_FIRST, TrainingImages, teacher_halo
 from lungseg.errors import Interrupted, ResourceError, StoreError
 from lungseg.radiomics.descriptor import Standardisation
+from lungseg.segmentation.mixture import effective_rank
 from lungseg.stages.launch import local_processes
 from lungseg.stages.progress import progress
 from lungseg.stages.training_record import TrainingRecord
@@ -32,6 +32,8 @@ from lungseg.store.patches import PatchSource
 log = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+MIN_RANK_TOKENS = 8
+"""Tokens of a batch from which their effective rank says anything: it is below their number."""
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)")
 
 
@@ -95,9 +97,7 @@ class TrainingLoop:
         config, seat = self._config, self._seat
         trainer = Trainer(config, self._material.standardisations, device=seat.device)
         self._resume(trainer)
-        record = TrainingRecord(
-            self._output, images=trainer.images, active=seat.rank == 0, tensorboard=config.tensorboard
-        )
+        record = TrainingRecord(self._output, config, images=trainer.images, active=seat.rank == 0)
         images = TrainingImages(self._source(self._material.volumes, augment=True), config)
         held_out = None
         if self._material.held_out:
@@ -181,8 +181,8 @@ class TrainingLoop:
     def _log(self, trainer: Trainer, record: TrainingRecord, result: StepResult) -> None:
         values = self._mean(result.values)
         if self._seat.rank == 0:
-            if result.embeddings is not None and not result.skipped:
-                values["effective_rank"] = effective_rank(result.embeddings)
+            if result.embeddings is not None and len(result.embeddings) >= MIN_RANK_TOKENS and not result.skipped:
+                values["effective_rank"] = effective_rank(result.embeddings.double().cpu().numpy())
             record.add(trainer.images, values)
             log.info(
                 "train-ddpm: %d/%d images, diffusion loss %.4f%s", trainer.images, self._config.total_images,

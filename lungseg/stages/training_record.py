@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.collapse import CollapseMonitor
 from lungseg.diffusion.sampling import sample_dpm_solver
 from lungseg.diffusion.training import Trainer
@@ -30,7 +31,7 @@ _PREVIEW_STREAM = 2**62 + 2**60
 class TrainingRecord:
     """The lines of a run, written on rank 0 only; the same run gives the same bytes (no times)."""
 
-    def __init__(self, folder: Path, *, images: int, active: bool, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, *, images: int, active: bool) -> None:
         """Continue the record in ``folder`` from ``images`` on: later lines will be made again.
 
         Raises
@@ -40,7 +41,7 @@ class TrainingRecord:
         """
         self._folder = folder
         self._active = active
-        self._monitor = CollapseMonitor()
+        self._monitor = CollapseMonitor.of_run(config)
         self._lines = []
         path = folder / "stats.jsonl"
         if active and path.exists():
@@ -48,19 +49,20 @@ class TrainingRecord:
             self._lines = [line for line in lines if line["images"] <= images]
         for line in self._lines:
             self._monitor.look(line)  # an alarm of an earlier life of the run is not repeated
-        self._events = _Events(folder / "tensorboard", images) if active and tensorboard else None
+        self._events = _Events(folder / "tensorboard", images) if active and config.tensorboard else None
 
     def add(self, images: int, values: Mapping[str, float]) -> None:
         """One line; values that are not finite become null."""
         if not self._active:
             return
-        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._lines.append({"images": images, **line})
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        line: dict[str, Any] = {"images": images, **finite}
+        self._lines.append(line)
         alarm = self._monitor.look(line)
         if alarm:
             log.warning("train-ddpm: after %d images %s", images, alarm)
         if self._events:
-            self._events.add(images, line)
+            self._events.add(images, finite)
 
     def write(self) -> None:
         """Bring all lines to the disk."""
