@@ -72,6 +72,17 @@ def test_slabs_equal_one_pass(volume, network, max_voxels):
     assert not usable.all()
 
 
+@pytest.mark.gpu
+def test_slabs_on_cuda_equal_one_pass_on_the_cpu(volume, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    student = tiny_student()
+    expected = _one_pass(student, *volume, (0, 20))
+    student.unet.cuda()
+    student.head.cuda()
+    features, usable = encode_slabs(student, *volume, timesteps=(0, 20), seed=SEED, max_voxels=22_000)
+    np.testing.assert_allclose(features[:, usable], expected[:, usable], atol=1e-4)
+
+
 def test_a_halo_of_one_token_less_is_not_enough(volume, monkeypatch):
     student = tiny_student()
     expected = _one_pass(student, *volume, (0,))
