@@ -6,6 +6,8 @@ backward pass and the operations of both passes are counted. So the figures foll
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,16 +66,34 @@ class Footprint:
         return round(FIXED_BYTES[device] + DEFAULT_CHUNK_BYTES + weights + cast + kept)
 
 
-def footprint(config: TrainConfig) -> Footprint:
-    """Cost of one image of a configuration."""
-    spec = unet_spec(config)
+def footprint(config: TrainConfig, device: str = "cuda") -> Footprint:
+    """Cost of one image of a configuration.
+
+    Parameters
+    ----------
+    device : str
+        `cuda` or `cpu`. A CPU runs norms that keep less, which `meta` does not show: there a small patch is really
+        computed, and scaled by its voxels.
+    """
     with torch.device("meta"):
-        unet = UNet(spec)
-        x = torch.empty(1, 2, *config.patch_size)
-        t = torch.zeros(1, dtype=torch.long)
+        unet = UNet(unet_spec(config))
+    with FlopCounterMode(display=False) as counter:
+        kept, outputs = _keep(unet, config)
+        torch.autograd.backward([output.sum() for output in outputs])
+    if device == "cpu":
+        edge = 2 * config.token_size
+        small = dataclasses.replace(config, patch_size=(edge, edge, edge))
+        kept = round(_keep(UNet(unet_spec(small)), small)[0] * math.prod(config.patch_size) / edge**3)
+    return Footprint(sum(p.numel() for p in unet.parameters()), kept, float(counter.get_total_flops()))
+
+
+def _keep(unet: UNet, config: TrainConfig) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """Bytes autograd keeps of one image where the network lies, and what the network gives."""
+    place = next(unet.parameters()).device
     parameters = {p.untyped_storage()._cdata for p in unet.parameters()}
     kept: dict[int, torch.Tensor] = {}
     inputs: dict[int, torch.Tensor] = {}
+    started: dict[torch.nn.Module, int] = {}
     largest_layer = 0
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,17 +110,15 @@ def footprint(config: TrainConfig) -> Footprint:
         nonlocal largest_layer
         largest_layer = max(largest_layer, _bytes(kept) - started[layer])
 
-    started: dict[torch.nn.Module, int] = {}
     for layer in (*unet.encoder, *unet.middle, *unet.decoder):
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output, bottleneck = unet(x, t)
-        # recomputing layer by layer keeps what enters each, and all of one at a time
-        bytes_kept = _bytes(inputs) + largest_layer if config.gradient_checkpointing else _bytes(kept)
-        (output.sum() + bottleneck.sum()).backward()
-    return Footprint(sum(p.numel() for p in unet.parameters()), bytes_kept, float(counter.get_total_flops()))
+    x = torch.zeros(1, unet.spec.in_channels, *config.patch_size, device=place)
+    t = torch.zeros(1, dtype=torch.long, device=place)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = unet(x, t)
+    # recomputing layer by layer keeps what enters each, and all of one at a time
+    return _bytes(inputs) + largest_layer if config.gradient_checkpointing else _bytes(kept), outputs
 
 
 def _bytes(tensors: dict[int, torch.Tensor]) -> int:

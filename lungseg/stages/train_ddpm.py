@@ -170,7 +170,9 @@ class _Run:
                 )  # fmt: skip
         if not plan.complete:
             self._clean()
-            too_much = advice(self.config, footprint(self.config), device=self.seat.device, size=self.seat.size)
+            device = self.seat.device
+            cost = footprint(self.config, device.partition(":")[0])
+            too_much = advice(self.config, cost, device=device, size=self.seat.size)
             if too_much:
                 log.warning("train-ddpm: this %s", too_much)
             if not known:

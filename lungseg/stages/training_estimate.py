@@ -24,7 +24,7 @@ def estimate(config: TrainConfig, execution: Execution) -> dict[str, Any]:
     """Memory and arithmetic of a run on this machine, and settings that fit: JSON types, for ``--dry-run``."""
     device = resolve_device(execution.device)
     size = max(1, execution.gpus)
-    cost = footprint(config)
+    cost = footprint(config, device.partition(":")[0])
     needed, limit = memory(config, cost, device=device, size=size)
     return {
         "device": device,
