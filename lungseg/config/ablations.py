@@ -48,7 +48,8 @@ ABLATIONS: Mapping[str, Ablation] = {
     "no-distillation": Ablation("diffusion alone", {TrainConfig: {"distill": "none"}}),
     "patch-level": Ablation("one vector a patch is taught, as published", {TrainConfig: {"distill": "patches"}}),
     "no-warm-up": Ablation("distillation from the first step on", {TrainConfig: _NO_WARM_UP}),
-    "regression-only": Ablation("no contrast", {TrainConfig: {"distill_weight": 0.0}}),
+    # without contrast the projection that the floor speaks of is not used
+    "regression-only": Ablation("no contrast", {TrainConfig: {"distill_weight": 0.0, "collapse_weight": 0.0}}),
     "infonce-only": Ablation("no regression head", {TrainConfig: {"regression_weight": 0.0}}),
     "no-rank-floor": Ablation("no term against collapse", {TrainConfig: {"collapse_weight": 0.0}}),
     "diagonal": Ablation("only the own pair positive, as the authors' code", {TrainConfig: {"contrast": "diagonal"}}),
