@@ -20,9 +20,10 @@ from lungseg.errors import InputError, UsageError
 from lungseg.segmentation.density import token_statistics
 from lungseg.segmentation.feature_scores import FeatureScores, score_features
 from lungseg.segmentation.lattice import pad_volume, padded_shape, token_mask_fraction, window_corners
-from lungseg.stages.cluster import check_model, find_model
+from lungseg.stages.cluster import check_model
 from lungseg.stages.cohort import DONE, StageResult, run_cases
 from lungseg.stages.extract_radiomics import training_cases
+from lungseg.stages.fits import find_model
 from lungseg.store.atomic import write_json
 from lungseg.store.cases import Store
 from lungseg.store.patches import mask_fractions

@@ -21,10 +21,11 @@ from lungseg.config.run import RunConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
-from lungseg.stages.cluster import cluster, find_model, fitted_settings
+from lungseg.stages.cluster import cluster
 from lungseg.stages.cohort import CaseOutcome, StageResult, output_folder
 from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
+from lungseg.stages.fits import find_model, fitted_settings
 from lungseg.stages.preprocess import preprocess
 from lungseg.stages.refine import refine
 from lungseg.stages.train_ddpm import train_ddpm

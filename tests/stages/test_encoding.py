@@ -10,8 +10,9 @@ from pipeline_fixture import CLUSTER, QUIET
 
 from lungseg.diffusion.checkpoint import load_student, read_model_file, save_model
 from lungseg.errors import MismatchError
-from lungseg.stages.cluster import cluster, load_fit
+from lungseg.stages.cluster import cluster
 from lungseg.stages.cohort import SKIPPED
+from lungseg.stages.fits import load_fit
 from lungseg.stages.run import _dictated
 from lungseg.store.cases import Store
 
