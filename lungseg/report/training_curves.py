@@ -64,9 +64,14 @@ def curves_png(lines: Sequence[Mapping[str, Any]]) -> bytes:
     cosine.axhline(COSINE_ALARM, color="#d62728", linewidth=0.8, linestyle=":")
     cosine.set_ylim(-0.1, 1.0)
     cosine.set_ylabel("pairwise cosine (alarms dotted)")
-    for axes, place in ((losses, "upper right"), (rank, "lower left"), (cosine, "lower right")):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc=place, fontsize=8)
+    losses.yaxis.set_major_formatter("{x:.3g}")
+    losses.yaxis.set_minor_formatter("{x:.3g}")
+    for axes, shown in ((losses, (losses,)), (rank, (rank, cosine))):
+        lines_drawn = [line for part in shown for line in part.get_lines() if not str(line.get_label()).startswith("_")]
+        if lines_drawn:
+            place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncol": 3, "fontsize": 8, "frameon": False}
+            axes.legend(handles=lines_drawn, **place)
+    figure.subplots_adjust(left=0.09, right=0.92, bottom=0.07, top=0.93, hspace=0.18)
     return _png(figure)
 
 
