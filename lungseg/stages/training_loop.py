@@ -121,7 +121,7 @@ class TrainingLoop:
                 milestone = done or _crossed(before, trainer.images, config.checkpoint_images)
                 if milestone and held_out is not None:
                     record.add(trainer.images, self._judge(trainer, held_out))
-                if config.preview_images and (done or _crossed(before, trainer.images, config.preview_images)):
+                if self._previews and (done or _crossed(before, trainer.images, config.preview_images)):
                     record.preview(trainer)
                 stop = self._should_stop()
                 if milestone or stop:
@@ -135,6 +135,15 @@ class TrainingLoop:
                     )
         record.finish()
         return trainer, Pace(max(0, trainer.images - first - config.batch_size), time.perf_counter() - began)
+
+    @property
+    def _previews(self) -> bool:
+        """Whether pictures are drawn: eighty passes of one image by rank 0, while the others wait (RELIABILITY 58).
+
+        That is seconds on a GPU; several processes on CPUs would wait for minutes, and are spared.
+        """
+        alone = self._seat.size == 1 or self._seat.device.startswith("cuda")
+        return bool(self._config.preview_images) and alone
 
     def _source(self, volumes: Sequence[Path], *, augment: bool) -> PatchSource:
         config = self._config
