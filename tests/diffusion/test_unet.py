@@ -16,7 +16,7 @@ from lungseg.config.presets import make_config
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.attention import Attention
 from lungseg.diffusion.checkpoint import unet_spec
-from lungseg.diffusion.layers import ChannelNorm, ResidualBlock, fold, norm_silu, unfold
+from lungseg.diffusion.layers import ChannelNorm, ResidualBlock, convolution, fold, norm_silu, unfold
 from lungseg.diffusion.unet import UNet, UNetSpec
 from lungseg.errors import MismatchError, UsageError
 
@@ -358,6 +358,21 @@ def test_fused_norm_and_silu_equal_their_formula():
     torch.testing.assert_close(norm_silu(norm, x.float()).double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.autograd.gradcheck(lambda y, w: norm_silu(norm, y), (x, norm.weight))
     assert norm_silu(norm, torch.zeros_like(x)).abs().max() == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_convolution_of_a_single_patch_equals_torch(dims, stride):
+    # a batch of one takes another path on a CPU
+    generator = torch.Generator().manual_seed(0)
+    layer = convolution(dims, 4, 6, stride=stride)
+    x = torch.randn(1, 4, *[8] * dims, generator=generator, requires_grad=True)
+    plain = {2: nn.functional.conv2d, 3: nn.functional.conv3d}[dims]
+    results = [layer(x), plain(x, layer.weight, layer.bias, stride=stride, padding=1)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias)) for y in results]
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_feature_map_has_its_channels_last():
