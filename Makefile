@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/lung_masks.py
 	$(BIN)/python tests/benchmarks/evaluation_speed.py
 	$(BIN)/python tests/benchmarks/interval_coverage.py 300
+	$(BIN)/python tests/benchmarks/student_speed.py
 
 tables: demo
 	@cat $(DEMO_OUTPUT)/test/scores/table.md

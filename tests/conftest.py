@@ -9,6 +9,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    parser.addoption("--kills", type=int, default=5, help="how often the test of killed trainings kills (25: in full)")
     parser.addoption("--shared-data", type=Path, default=default, help="folder of real CT used by some tests")
 
 

@@ -115,7 +115,8 @@ HEAVY = ("torch", "SimpleITK", "sklearn", "skimage", "scipy", "matplotlib", "h5p
         "import lungseg.cli.app",
         "import sys; sys.argv = ['lungseg', '--help']; import lungseg.cli.app as a\n"
         "try: a.main()\nexcept SystemExit: pass",
-        "import sys; sys.argv = ['lungseg', 'train-ddpm', 's', '-o', 'x', '--dry-run']; import lungseg.cli.app as a\n"
+        # not train-ddpm: its dry run asks torch for the devices and counts the network's memory
+        "import sys; sys.argv = ['lungseg', 'cluster', 's', '--model', 'm', '--dry-run']; import lungseg.cli.app as a\n"
         "try: a.main()\nexcept SystemExit: pass",
     ],
     ids=["import", "import-cli", "help", "dry-run"],

@@ -55,7 +55,7 @@ def run(
         if conflicts:
             raise UsageError("\n".join(conflicts))
         if execution.dry_run:
-            _print_plan(command, paths, config)
+            _print_plan(command, paths, config, execution)
             return
         function = _load(command.stage)
         settings = {} if config is None else {"config": config}
@@ -114,8 +114,8 @@ def _print_error(text: str, verbose: bool) -> None:
         traceback.print_exc()
 
 
-def _print_plan(command: Command, paths: Mapping[str, Any], config: Any) -> None:
-    """What a dry run shows: paths and the full configuration, of all stages for `run`, as JSON."""
+def _print_plan(command: Command, paths: Mapping[str, Any], config: Any, execution: Execution) -> None:
+    """What a dry run shows: paths, the full configuration (for `run` of all stages), what it will need, as JSON."""
     plan: dict[str, Any] = {
         "command": command.name,
         "paths": {key: _plain(value) for key, value in paths.items()},
@@ -123,6 +123,8 @@ def _print_plan(command: Command, paths: Mapping[str, Any], config: Any) -> None
     }
     if command.plan:
         plan["stages"] = _load(command.plan)(config, model=paths.get("model"))
+    if command.estimate:
+        plan["estimate"] = _load(command.estimate)(config, execution)
     typer.echo(json.dumps(plan, indent=2))
 
 

@@ -8,6 +8,7 @@ from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
+from lungseg.config.probe import ProbeConfig
 from lungseg.config.refine import RefineConfig
 from lungseg.config.report import ReportConfig
 from lungseg.config.run import RunConfig
@@ -83,7 +84,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "train-ddpm",
         "lungseg.stages.train_ddpm:train_ddpm",
-        "Train the diffusion model, taught by radiomics. Run the same command again to resume.",
+        "Train the diffusion model, taught by radiomics. The same command resumes; --dry-run tells its needs.",
         (
             _STORE,
             _output("Folder of the training run."),
@@ -94,6 +95,7 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg train-ddpm cohort -o run --gpus 4 --batch-size 64 --workers 8",
         ),
         ("device", "gpus", "threads", "dry_run", *_SAYING),
+        estimate="lungseg.stages.training_estimate:estimate",
     ),
     Command(
         "synthesize",
@@ -109,6 +111,20 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg synthesize model.safetensors -o synthetic -n 1000 --sampler ddpm --device cuda",
         ),
         ("device", "overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
+        "probe",
+        "lungseg.stages.probe:probe",
+        "Score every noise level and block of a model without labels, to choose features for `cluster`.",
+        (
+            PathOption("model", "Training run, model.safetensors, or bundle.", required=True),
+            _STORE,
+            PathOption("output", "JSON file to write.", ("--output", "-o")),
+            PathOption("as_json", "Print JSON instead of the table.", ("--json",), switch=True),
+        ),
+        ProbeConfig,
+        ("lungseg probe run cohort", "lungseg probe run cohort --timesteps 0,10,25 --blocks encoder.2.0,middle --json"),
+        ("device", "jobs", "dry_run", *_SAYING),
     ),
     Command(
         "cluster",

@@ -67,6 +67,8 @@ class Command:
     """``module:function`` of the paths: what does not go together, in words; asked before anything is done."""
     plan: str = ""
     """``module:function`` of (config, model path) that tells a dry run the settings of several stages."""
+    estimate: str = ""
+    """``module:function`` of (config, execution) that tells a dry run what the work will need."""
 
 
 def command_function(command: Command, run: Callable[..., None]) -> Callable[..., None]:

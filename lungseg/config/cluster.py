@@ -14,7 +14,12 @@ class ClusterConfig:
     name: str = option("diffseglung", "Name of this clustering in the store; methods live side by side.")
     timesteps: tuple[int, ...] = option((0, 10, 25), "Noise levels t of the tokens (0: the clean scan).", minimum=0)
     combine: str = option("concat", "Tokens of several t: side by side, or averaged.", choices=("concat", "average"))
-    overlap: float = option(0.5, "Overlap of neighbouring windows.", minimum=0.0, maximum=0.9)
+    encoding: str = option(
+        "auto",
+        "slabs: tokens of one pass over the lung; windows: overlapping, fused; auto: slabs if the model allows.",
+        choices=("auto", "slabs", "windows"),
+    )
+    overlap: float = option(0.5, "Overlap of neighbouring windows (encoding windows).", minimum=0.0, maximum=0.9)
     window_sigma: float = option(0.125, "Width of the Gaussian window weights, in patches.", above=0.0)
     min_window_lung: float = option(0.01, "Windows with a smaller share of lung are skipped.", minimum=0, maximum=1)
     min_token_lung: float = option(0.5, "Tokens with a smaller share of lung are not fitted.", minimum=0, maximum=1)
@@ -33,6 +38,9 @@ class ClusterConfig:
     tokens_per_case: int = option(20_000, "Tokens sampled a case for the fit.", minimum=10)
     max_tokens: int = option(500_000, "Tokens in the fit, over all cases.", minimum=100)
     batch_size: int = option(16, "Windows per forward pass.", minimum=1)
+    slab_gib: float = option(
+        2.0, "Memory of the largest slab (encoding slabs); the tokens do not depend on it.", unit="GiB", above=0.0
+    )
     seed: int = option(42, "Seed of the noise, the sampling and the fit.", minimum=0, maximum=MAX_SEED)
 
     def check(self) -> list[str]:

@@ -24,11 +24,14 @@ DEFAULT_PRESET = "lungseg"
 
 _PAPER_TRAIN: dict[str, Any] = {
     "norm": "group",
+    "attention": "patch",
     "hu_window": "paper",
     "distill": "patches",
     "distill_levels": 1.0,
     "low_noise_share": 0.0,
     "regression_weight": 0.0,
+    "collapse_weight": 0.0,
+    "axial_turns": False,
     "clip_norm": 0.3,
     "ema_decay": 0.995,
 }
@@ -57,10 +60,16 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "distill_full": 0.1,
             "regression_weight": 3.0,
             "tokens_per_patch": 32,
+            "teacher_windows": (8,),
+            "collapse_weight": 0.0,
+            "axial_turns": False,
+            # every patient of a demo is needed, and a picture would cost a twentieth of its time
+            "held_out": 0.0,
+            "preview_images": 0,
             "checkpoint_images": 1_200,
             "log_images": 240,
         },
-        ClusterConfig: {"pca": 12, "iterations": 200, "tokens_per_case": 4_000},
+        ClusterConfig: {"encoding": "windows", "pca": 12, "iterations": 200, "tokens_per_case": 4_000},
         SynthesizeConfig: {"steps": 20},
     },
     # one consumer GPU

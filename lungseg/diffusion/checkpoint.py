@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lungseg import __version__
 from lungseg.config.fields import from_dict, to_dict
-from lungseg.config.train_ddpm import TrainConfig
+from lungseg.config.train_ddpm import TrainConfig, migrate
 from lungseg.diffusion.distillation import StudentHead
 from lungseg.diffusion.normalisation import HU_WINDOWS, HuWindow
-from lungseg.diffusion.schedule import NoiseSchedule, make_schedule
+from lungseg.diffusion.schedule import NoiseSchedule, schedule_of
 from lungseg.diffusion.unet import UNet, UNetSpec
 from lungseg.errors import InputError, LungsegError, MismatchError, StoreError
 from lungseg.store.atomic import atomic_path, canonical_json, write_bytes
@@ -35,7 +36,8 @@ METADATA_KEY = "lungseg"
 def unet_spec(config: TrainConfig) -> UNetSpec:
     """Network shape of a training configuration."""
     names = {field.name for field in dataclasses.fields(UNetSpec)} & set(vars(config))
-    return UNetSpec(**{name: getattr(config, name) for name in names})
+    window = tuple(n // config.token_size for n in config.patch_size) if config.attention == "window" else None
+    return UNetSpec(**{name: getattr(config, name) for name in names}, attention_window=window)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,29 @@ class Student:
     """Model card: images seen, number of cases, spacing_mm, fingerprints of the training volumes, standardisations."""
 
     @property
+    def embedding(self) -> int:
+        """Length of a token's descriptor at one noise level."""
+        projected = _taught(self.config) and self.config.distill_weight > 0
+        return self.config.embedding if projected else self.unet.spec.token_channels
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (M, embedding) of bottleneck tokens (M, C), by what was trained for it.
+
+        The head's projection if the contrast trained it, the layer before it if only the regression did, and the
+        tokens themselves if there was no distillation (METHOD 1.7, "diffusion only"): never untrained weights.
+        """
+        if not _taught(self.config):
+            return torch.nn.functional.normalize(tokens.float(), dim=-1)
+        if self.config.distill_weight == 0:
+            return torch.nn.functional.normalize(self.head.hidden(tokens).float(), dim=-1)
+        unit: torch.Tensor = self.head(tokens)[0].float()
+        return unit
+
+    def for_volume(self, image_hu: np.ndarray) -> Student:
+        """The same model for tokens of one volume, int16 HU (Z, Y, X): 8-bit input depends on the volume's range."""
+        return dataclasses.replace(self, window=self.window.of_volume(image_hu))
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the model's metadata and weights."""
         import hashlib
@@ -61,6 +86,11 @@ class Student:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _taught(config: TrainConfig) -> bool:
+    """Whether any part of the head was trained."""
+    return config.distill != "none" and max(config.distill_weight, config.regression_weight) > 0
 
 
 def save_model(
@@ -135,7 +165,7 @@ def load_student(path: Path, *, device: str = "cpu") -> Student:
     """
     metadata, tensors = read_model_file(path)
     try:
-        config = from_dict(TrainConfig, metadata["config"])
+        config = from_dict(TrainConfig, migrate(metadata["config"]))
         card, window = dict(metadata["card"]), HuWindow.from_dict(metadata["hu_window"])
         num_features = int(card["num_features"])
     except LungsegError as error:
@@ -149,7 +179,7 @@ def load_student(path: Path, *, device: str = "cpu") -> Student:
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         _load_exactly(module, own, path)
         module.to(device).eval().requires_grad_(False)
-    return Student(unet, head, window, make_schedule(config.schedule, config.timesteps), config, card)
+    return Student(unet, head, window, schedule_of(config), config, card)
 
 
 def _load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

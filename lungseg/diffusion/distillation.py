@@ -6,12 +6,15 @@ pairs are positive is decided on r itself, which is fixed, never on a learned em
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lungseg.diffusion.collapse import at_least_fp32, mean_pairwise_cosine
 
 HIDDEN_TEACHER = 128
 """Hidden width of the teacher's projection (authors' code)."""
@@ -97,7 +100,7 @@ def contrastive_loss(
     z_teacher : tensor (A, E)
         Unit vectors of the teacher, over all devices; A >= M.
     similarity : tensor (M, A)
-        Cosine of the standardised raw descriptors.
+        Cosine of the standardised raw descriptors; for `soft` the weights of :func:`soft_positives`.
     own : int64 tensor (M,)
         Column of each anchor's own teacher.
     valid : bool tensor (A,)
@@ -105,7 +108,9 @@ def contrastive_loss(
     contrast : str
         `grey-zone`: positives above ``positive``, negatives below ``negative``, the rest in neither sum;
         `threshold`: everything not above ``positive`` is negative (the paper's sentence);
-        `diagonal`: only the own pair is positive (the authors' code).
+        `diagonal`: only the own pair is positive (the authors' code);
+        `soft`: each pair is positive to the degree ``similarity`` says, 1 for the own one, and all pairs stand in the
+        denominator (y-aware InfoNCE, Dufumier et al. 2021: METHOD 7.4).
 
     Returns
     -------
@@ -113,76 +118,84 @@ def contrastive_loss(
         Loss 0 when no anchor is valid.
     """
     is_own = F.one_hot(own, num_classes=similarity.shape[1]).bool()
-    if contrast == "diagonal":
-        positives, negatives = is_own, ~is_own
+    if contrast == "soft":
+        used, weights = torch.ones_like(is_own), similarity.masked_fill(is_own, 1.0)
+    elif contrast == "diagonal":
+        used, weights = torch.ones_like(is_own), is_own.to(similarity.dtype)
     else:
         positives = (similarity > positive) | is_own
-        negatives = ~positives if contrast == "threshold" else (similarity < negative) & ~positives
-    positives, negatives = positives & valid, negatives & valid
+        used = positives | (similarity < negative) if contrast == "grey-zone" else torch.ones_like(is_own)
+        weights = positives.to(similarity.dtype)
+    used, weights = used & valid, weights * valid
     anchors = valid[own]
     logits = _dot_products(z_student, z_teacher) / temperature
-    denominator = torch.logsumexp(logits.masked_fill(~(positives | negatives), float("-inf")), dim=1)
-    count = positives.sum(1)
-    mean_positive = logits.masked_fill(~positives, 0.0).sum(1) / count.clamp(min=1)
+    denominator = torch.logsumexp(logits.masked_fill(~used, float("-inf")), dim=1)
+    count = weights.sum(1)
+    # the own pair weighs 1; an anchor without it does not count
+    mean_positive = (logits * weights).sum(1) / count.clamp(min=1)
     per_anchor = torch.where(anchors, denominator - mean_positive, torch.zeros_like(mean_positive))
     total = anchors.sum().clamp(min=1)
     with torch.no_grad():
         z_valid, r_valid = z_student[anchors], z_teacher[valid]
         statistics: dict[str, Any] = {
             "mean_positives": (count * anchors).sum() / total,
-            "student_cosine": _mean_pairwise_cosine(z_valid),
-            "teacher_cosine": _mean_pairwise_cosine(r_valid),
+            "student_cosine": mean_pairwise_cosine(z_valid),
+            "teacher_cosine": mean_pairwise_cosine(r_valid),
         }
     return ContrastResult(per_anchor.sum() / total, **statistics)
 
 
-def _mean_pairwise_cosine(z: torch.Tensor) -> torch.Tensor:
-    """Mean cosine over the pairs of different rows, from the norm of their sum; 0 for fewer than two rows."""
-    n = z.shape[0]
-    if n < 2:
-        return z.new_zeros(())
-    return (z.float().sum(0).square().sum() - n) / (n * (n - 1))
-
-
 def descriptor_similarity(r_rows: torch.Tensor, r_columns: torch.Tensor) -> torch.Tensor:
     """Cosine (M, A) of standardised descriptors; NaN rows count as zero vectors."""
-    a = F.normalize(torch.nan_to_num(r_rows.float()), dim=-1)
-    b = F.normalize(torch.nan_to_num(r_columns.float()), dim=-1)
+    a = F.normalize(torch.nan_to_num(at_least_fp32(r_rows)), dim=-1)
+    b = F.normalize(torch.nan_to_num(at_least_fp32(r_columns)), dim=-1)
     return _dot_products(a, b)
 
 
+def soft_positives(r_rows: torch.Tensor, r_columns: torch.Tensor, *, sigma: float) -> torch.Tensor:
+    """Weights (M, A) exp(-|r_i - r_j|^2 / (2 sigma^2)) of pairs of standardised descriptors (METHOD 7.4)."""
+    a, b = (torch.nan_to_num(at_least_fp32(r)) for r in (r_rows, r_columns))
+    squared = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * _dot_products(a, b)).clamp(min=0)
+    return torch.exp(-squared / (2 * sigma**2))
+
+
 def _dot_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` in float32 even under autocast: bfloat16 moves pairs over the thresholds."""
+    """``a @ b.T`` in float32 or better even under autocast: bfloat16 moves pairs over the thresholds."""
     with torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float().T
+        return at_least_fp32(a) @ at_least_fp32(b).T
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows, with the gradient summed back to the rank that made them."""
+class DescriptorQueue:
+    """The standardised descriptors of the tokens taught last, as further columns of the contrast (METHOD 7.4).
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        import torch.distributed as dist
+    Only r is kept, which never changes; its embedding is computed anew by today's teacher head at every step, so that
+    no column is stale and no second, slowly moving head is needed (as He et al. 2020 do for learned keys).
+    """
 
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def __init__(self, size: int, num_features: int, *, device: torch.device | str = "cpu") -> None:
+        self._rows = torch.zeros(size, num_features, device=device)
+        self._pushed = 0
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        import torch.distributed as dist
+    @property
+    def rows(self) -> torch.Tensor:
+        """Descriptors kept, float32 (min(size, number pushed), F), in no particular order."""
+        return self._rows[: min(self._pushed, len(self._rows))]
 
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        rows = gradient.shape[0] // dist.get_world_size()
-        return gradient[dist.get_rank() * rows :][:rows]
+    def push(self, r: torch.Tensor) -> None:
+        """Keep ``r`` (N, F), in order of the images; the oldest rows go."""
+        size = len(self._rows)
+        r = r[-size:].to(self._rows) if size else r[:0].to(self._rows)
+        place = (self._pushed + torch.arange(len(r), device=r.device)) % max(size, 1)
+        self._rows[place] = r
+        # counted modulo the size once full, so that the count stays small
+        total = self._pushed + len(r)
+        self._pushed = total if total < size else size + total % max(size, 1)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"rows": self._rows, "pushed": self._pushed}
 
-def gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in rank order (equal counts), differentiable; ``x`` itself in a single process."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    gathered: torch.Tensor = _GatherRows.apply(x)
-    return gathered
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of a queue of the same size."""
+        self._rows.copy_(state["rows"])
+        self._pushed = int(state["pushed"])

@@ -7,6 +7,7 @@ schedule's own, never a hard-coded 1000 (METHOD 0.3). Predicted x_0 is clamped t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,17 +32,11 @@ def sample_ddpm(
     clamp : float or None
         Bound of the predicted x_0; None: none.
     """
-    a = schedule.alpha_bar
     x = noise_at(schedule.num_steps)
     for t in range(schedule.num_steps, 0, -1):
-        x_0 = _clamped(predict_x_0(x, t), clamp)
-        beta = 1 - a[t] / a[t - 1]
-        mean_0 = a[t - 1].sqrt() * beta / (1 - a[t])
-        mean_t = (1 - beta).sqrt() * (1 - a[t - 1]) / (1 - a[t])
-        x = float(mean_0) * x_0 + float(mean_t) * x
+        x, variance = schedule.posterior(_clamped(predict_x_0(x, t), clamp), x, t)
         if t > 1:
-            variance = beta * (1 - a[t - 1]) / (1 - a[t])
-            x = x + float(variance.sqrt()) * noise_at(t - 1)
+            x = x + math.sqrt(variance) * noise_at(t - 1)
     return x
 
 

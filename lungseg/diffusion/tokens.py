@@ -12,16 +12,22 @@ import numpy as np
 import torch
 
 from lungseg.diffusion.checkpoint import Student
+from lungseg.diffusion.unet import MIDDLE
 
+EMBEDDING = "embedding"
+"""Name of the student head's output among the blocks of the network."""
 PLANES_KEPT = 256
-"""Noise planes kept in memory: more than the depth of any patch, so overlapping windows do not draw them twice."""
+"""Noise planes kept in memory, at least: more than the depth of any patch, so that overlapping windows do not draw
+them twice."""
 
 
 class NoiseField:
     """Standard normal noise as a function of (seed, t, voxel position): the same in every window that sees a voxel."""
 
-    def __init__(self, seed: int, plane_shape: tuple[int, int]) -> None:
+    def __init__(self, seed: int, plane_shape: tuple[int, int], *, depth: int = 0) -> None:
+        """``depth``: planes of the deepest box that will be asked for; boxes beside each other share their planes."""
         self._seed = seed
+        self._kept = max(depth, PLANES_KEPT)
         self._shape = plane_shape
         self._planes: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -30,7 +36,7 @@ class NoiseField:
         if key not in self._planes:
             rng = np.random.Generator(np.random.Philox(key=[self._seed, t * 2**32 + z]))
             self._planes[key] = rng.standard_normal(self._shape, dtype=np.float32)
-            if len(self._planes) > PLANES_KEPT:
+            if len(self._planes) > self._kept:
                 self._planes.popitem(last=False)
         return self._planes[key]
 
@@ -71,22 +77,84 @@ def encode_windows(
     -------
     float32 array, shape (N, C, D/p, H/p, W/p)
     """
+    blocks = [
+        embed(student, student.unet.encode(*network_input(student, windows_hu, masks, corners, noise, t)))
+        for t in timesteps
+    ]
+    return combine_levels(blocks, combine).cpu().numpy()
+
+
+@torch.no_grad()
+def token_activations(
+    student: Student,
+    windows_hu: np.ndarray,
+    masks: np.ndarray,
+    corners: np.ndarray,
+    noise: NoiseField,
+    *,
+    timestep: int,
+    blocks: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Features of the tokens of a batch of windows in any blocks of the network, at one noise level.
+
+    Nothing deeper than the deepest block asked is computed. Other parameters as for :func:`encode_windows`.
+
+    Parameters
+    ----------
+    blocks : sequence of str
+        Names of ``UNetSpec.block_names``, or `embedding`: what the head makes of the middle.
+
+    Returns
+    -------
+    dict of float32 arrays, shape (N, C, D/p, H/p, W/p)
+        By block. Maps finer than a token are averaged over its cell.
+
+    Raises
+    ------
+    UsageError
+        For an unknown block.
+    """
+    inputs = network_input(student, windows_hu, masks, corners, noise, timestep)
+    found = student.unet.activations(*inputs, [MIDDLE if name == EMBEDDING else name for name in blocks])
+    result = {}
+    for name in blocks:
+        if name == EMBEDDING:
+            features = embed(student, found[MIDDLE])
+        else:
+            cells = student.unet.spec.token_size // student.unet.spec.voxels_per_cell(name)
+            features = torch.nn.functional.avg_pool3d(found[name].float(), cells) if cells > 1 else found[name].float()
+        result[name] = features.contiguous().cpu().numpy()
+    return result
+
+
+def network_input(
+    student: Student, boxes_hu: np.ndarray, masks: np.ndarray, corners: np.ndarray, noise: NoiseField, timestep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the U-Net is given of boxes (N, D, H, W) of a volume at one noise level: input (N, 2, D, H, W), times (N,).
+
+    Raises
+    ------
+    MismatchError
+        From the window, if it must be told the volume's range first (``Student.for_volume``).
+    """
     device = next(student.unet.parameters()).device
-    x_0 = student.window.normalise(torch.from_numpy(windows_hu).to(device))
+    x_t = student.window.normalise(torch.from_numpy(boxes_hu).to(device))
+    times = torch.full((len(x_t),), int(timestep), device=device)
+    if timestep > 0:
+        eps = np.stack([noise.box(int(timestep), corner, boxes_hu.shape[1:]) for corner in corners])
+        x_t = student.schedule.q_sample(x_t, times, torch.from_numpy(eps).to(device))
     mask = torch.from_numpy(masks).to(device, torch.float32)
-    blocks = []
-    for t in timesteps:
-        times = torch.full((len(x_0),), int(t), device=device)
-        x_t = x_0
-        if t > 0:
-            eps = np.stack([noise.box(int(t), corner, windows_hu.shape[1:]) for corner in corners])
-            x_t = student.schedule.q_sample(x_0, times, torch.from_numpy(eps).to(device))
-        bottleneck = student.unet.encode(torch.stack([x_t, mask], dim=1), times)  # (N, C, d, h, w)
-        tokens = bottleneck.float().movedim(1, -1)
-        z = student.head(tokens.flatten(0, -2))[0].view(*tokens.shape[:-1], -1)
-        blocks.append(z.movedim(-1, 1))
+    return torch.stack([x_t, mask], dim=1), times
+
+
+def embed(student: Student, bottleneck: torch.Tensor) -> torch.Tensor:
+    """Unit vectors float32 (N, E, *S) the student makes of a bottleneck (N, C, *S)."""
+    tokens = bottleneck.float().movedim(1, -1)
+    return student.embed(tokens.flatten(0, -2)).view(*tokens.shape[:-1], -1).movedim(-1, 1)
+
+
+def combine_levels(blocks: Sequence[torch.Tensor], combine: str) -> torch.Tensor:
+    """Descriptors (N, C, ...) of several noise levels: `concat` side by side, `average` their normalised mean."""
     if combine == "concat":
-        result = torch.cat(blocks, dim=1)
-    else:
-        result = torch.nn.functional.normalize(torch.stack(blocks).mean(0), dim=1)
-    return result.float().cpu().numpy()
+        return torch.cat(list(blocks), dim=1)
+    return torch.nn.functional.normalize(torch.stack(list(blocks)).mean(0), dim=1)

@@ -1,231 +1,29 @@
-"""Training the student: what one image is, what one step does, and the state between steps.
-
-Everything random follows from (seed, index of the training image): neither the step, nor the rank, nor resuming
-changes what image i looks like.
-"""
+"""One training step and the state between steps: weights, averaged weights, optimiser, queue and counters."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lungseg.config.train_ddpm import TrainConfig
-from lungseg.diffusion.checkpoint import unet_spec
-from lungseg.diffusion.distillation import (
-    StudentHead,
-    TeacherHead,
-    contrastive_loss,
-    descriptor_similarity,
-    gather_rows,
-    warmup_weight,
-)
-from lungseg.diffusion.normalisation import HU_WINDOWS
-from lungseg.diffusion.schedule import make_schedule
-from lungseg.diffusion.unet import UNet
+from lungseg.diffusion.acceleration import compile_network, fused_adamw
+from lungseg.diffusion.distillation import DescriptorQueue, warmup_weight
+from lungseg.diffusion.distilled_diffusion import DESCRIPTORS, EMBEDDINGS, DistilledDiffusion
+from lungseg.diffusion.gather import world_size
 from lungseg.errors import MismatchError, UsageError
-from lungseg.radiomics.descriptor import FEATURE_NAMES, Standardisation, compute_descriptors
-from lungseg.store.patches import PatchSource, mask_fractions
+from lungseg.radiomics.descriptor import Standardisation
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss or gradient after which the run stops (RELIABILITY 51)."""
-MIN_TOKEN_LUNG = 0.5
-"""Share of lung in the teacher's window below which a token is not taught (METHOD 1.5 step 3)."""
-_NOISE_STREAM = 2**62
-"""Separates the noise of image i from its place and flips, which use the same seed.
 
-Less than 2**63: numpy turns a key of signed and unsigned integers into float64, the same for 2048 images in a row.
-"""
-
-
-def teacher_halo(config: TrainConfig) -> int:
-    """Voxels around a patch that the teacher's windows of its border tokens reach into."""
-    return (config.teacher_window - config.token_size) // 2 if config.distill == "tokens" else 0
-
-
-def taught_levels(config: TrainConfig) -> int:
-    """Highest noise level at which the teacher is contrasted: above it the texture it speaks of is drowned in noise."""
-    return max(1, round(config.distill_levels * config.timesteps))
-
-
-class TrainingImages(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Image number i of the run: patch, noise, noise level and the tokens to teach."""
-
-    def __init__(self, source: PatchSource, config: TrainConfig) -> None:
-        self._source = source
-        self._config = config
-        self._halo = teacher_halo(config)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        config = self._config
-        patch = self._source.read(index)
-        rng = np.random.Generator(np.random.Philox(key=[config.seed, _NOISE_STREAM + index]))
-        # t = 0 is taught but has no noise to predict; tokens are read at t = 0 and little noise
-        low = rng.random() < config.low_noise_share
-        t = int(rng.integers(0, taught_levels(config) + 1) if low else rng.integers(1, config.timesteps + 1))
-        eps = rng.standard_normal(config.patch_size, dtype=np.float32)
-        token, valid = self._choose_tokens(patch.mask, rng)
-        return {
-            "volume_hu": torch.from_numpy(patch.volume_hu),
-            "mask": torch.from_numpy(patch.mask),
-            "lung_median_hu": torch.tensor(patch.lung_median_hu, dtype=torch.float32),
-            "t": torch.tensor(t),
-            "eps": torch.from_numpy(eps),
-            "token": torch.from_numpy(token),
-            "token_valid": torch.from_numpy(valid & (t <= taught_levels(config))),
-        }
-
-    def _choose_tokens(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Lattice indices (M, 3) of tokens whose window is mostly lung, and which of the M slots are filled."""
-        config = self._config
-        count, p, w = config.tokens_per_patch, config.token_size, config.teacher_window
-        lattice = tuple(n // p for n in config.patch_size)
-        if config.distill != "tokens":
-            return np.zeros((count, 3), dtype=np.int64), np.zeros(count, dtype=bool)
-        index = np.stack(np.unravel_index(np.arange(math.prod(lattice)), lattice), axis=1)
-        # window of token i starts at i p - (w - p) / 2 in the patch, that is at i p in the patch with its halo
-        share = mask_fractions(mask, (index * p).astype(np.int32), (w, w, w))
-        candidates = np.flatnonzero(share >= MIN_TOKEN_LUNG)
-        chosen = rng.permutation(candidates)[:count]
-        token = np.zeros((count, 3), dtype=np.int64)
-        token[: len(chosen)] = index[chosen]
-        return token, np.arange(count) < len(chosen)
-
-
-class DistilledDiffusion(nn.Module):
-    """U-Net and heads; ``forward`` gives the losses of a batch, so that data parallelism sees one call."""
-
-    def __init__(self, config: TrainConfig, standardisation: Standardisation | None) -> None:
-        """``standardisation`` belongs to the teacher's window; None only without distillation."""
-        super().__init__()
-        self.config = config
-        self.halo = teacher_halo(config)
-        self.standardisation = standardisation
-        self.window = HU_WINDOWS[config.hu_window]
-        self.schedule = make_schedule(config.schedule, config.timesteps)
-        spec = unet_spec(config)
-        self.unet = UNet(spec)
-        num_features = len(FEATURE_NAMES)
-        self.head = StudentHead(spec.token_channels, config.embedding, num_features, config.head_norm)
-        self.teacher = TeacherHead(num_features, config.embedding, config.head_norm)
-
-    def forward(self, batch: Mapping[str, torch.Tensor], ramp: float) -> dict[str, torch.Tensor]:
-        """Losses of a batch; ``ramp`` in 0..1 is how far the distillation is on, a factor of both its weights."""
-        config = self.config
-        inner = tuple(slice(self.halo, self.halo + n) for n in config.patch_size)
-        hu = batch["volume_hu"][:, *inner]
-        x_0 = self.window.normalise(hu)
-        mask = batch["mask"][:, *inner].float()
-        x_t = self.schedule.q_sample(x_0, batch["t"], batch["eps"])
-        output, bottleneck = self.unet(torch.stack([x_t, mask], dim=1), batch["t"])
-        target = self.schedule.target(x_0, batch["eps"], batch["t"], config.prediction)
-        distance = F.l1_loss if config.loss == "l1" else F.mse_loss
-        per_image = distance(output[:, 0].float(), target, reduction="none").flatten(1).mean(1)
-        noisy = batch["t"] > 0
-        result = {"diffusion": (per_image * noisy).sum() / noisy.sum().clamp(min=1)}
-        taught = config.distill != "none" and max(config.distill_weight, config.regression_weight) > 0
-        if ramp > 0 and taught:
-            result.update(self._distill(batch, bottleneck))
-            total = result["diffusion"] + ramp * config.distill_weight * result["contrast"]
-            result["total"] = total + ramp * config.regression_weight * result["regression"]
-        else:
-            # every parameter takes part in every step: distributed reduction waits for all gradients
-            idle = sum(
-                (p.sum() * 0.0 for m in (self.head, self.teacher) for p in m.parameters()), start=x_0.new_zeros(())
-            )
-            result["total"] = result["diffusion"] + idle
-        return result
-
-    def _distill(self, batch: Mapping[str, torch.Tensor], bottleneck: torch.Tensor) -> dict[str, torch.Tensor]:
-        config = self.config
-        if config.distill == "tokens":
-            windows, masks, valid = self._teacher_windows(batch)
-            median = batch["lung_median_hu"].repeat_interleave(config.tokens_per_patch)
-            b, m = batch["token"].shape[:2]
-            rows = torch.arange(b, device=bottleneck.device)[:, None].expand(b, m)
-            z, y, x = batch["token"].unbind(-1)
-            tokens = bottleneck.movedim(1, -1)[rows, z, y, x].flatten(0, 1)  # (B M, C)
-            student, predicted = self.head(tokens)
-        else:
-            windows, masks = batch["volume_hu"], batch["mask"]
-            valid, median = batch["t"] <= taught_levels(config), batch["lung_median_hu"]
-            dense = bottleneck.movedim(1, -1)  # (B, d, h, w, C)
-            z_dense, r_dense = self.head(dense.flatten(0, -2))
-            student = F.normalize(z_dense.view(len(dense), -1, z_dense.shape[-1]).mean(1), dim=-1)
-            predicted = r_dense.view(len(dense), -1, r_dense.shape[-1]).mean(1)
-        return self._losses(student, predicted, self._descriptors(windows, masks, median, valid), valid)
-
-    def _teacher_windows(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Windows (B M, w, w, w) of the chosen tokens, their masks, and which slots are filled."""
-        p, w = self.config.token_size, self.config.teacher_window
-        b, m = batch["token"].shape[:2]
-        rows = torch.arange(b, device=batch["token"].device)[:, None].expand(b, m)
-        z, y, x = batch["token"].unbind(-1)
-        views = [batch[k].unfold(1, w, p).unfold(2, w, p).unfold(3, w, p)[rows, z, y, x] for k in ("volume_hu", "mask")]
-        return views[0].flatten(0, 1), views[1].flatten(0, 1), batch["token_valid"].flatten()
-
-    @torch.no_grad()
-    def _descriptors(
-        self, windows: torch.Tensor, masks: torch.Tensor, median: torch.Tensor, valid: torch.Tensor
-    ) -> torch.Tensor:
-        """Standardised teacher descriptors (M, 34) in fp32; rows that are not valid are NaN."""
-        if self.standardisation is None:
-            raise MismatchError("distillation needs the standardisation of the teacher's window")
-        rows = torch.full((len(windows), len(FEATURE_NAMES)), float("nan"), device=windows.device)
-        if bool(valid.any()):
-            with torch.autocast(windows.device.type, enabled=False):
-                raw = compute_descriptors(
-                    windows[valid].float(), masks[valid], lung_median_hu=median[valid], mcc=self.config.mcc
-                )
-                rows[valid] = self.standardisation.apply(raw)
-        return rows
-
-    def _losses(
-        self, student: torch.Tensor, predicted: torch.Tensor, r: torch.Tensor, valid: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        config = self.config
-        valid = valid & torch.isfinite(r).all(1)
-        r = torch.nan_to_num(r)
-        z_teacher = gather_rows(self.teacher(r))
-        r_all = gather_rows(r)
-        valid_all = gather_rows(valid.float()) > 0.5
-        # ranks have different numbers of valid rows but their gradients the same weight: scale to the mean number
-        mean_valid = valid_all.sum().clamp(min=1) / _world_size()
-        offset = _rank() * len(r)
-        contrast = contrastive_loss(
-            student,
-            z_teacher,
-            descriptor_similarity(r, r_all),
-            torch.arange(len(r), device=r.device) + offset,
-            valid_all,
-            temperature=config.temperature,
-            contrast=config.contrast,
-            positive=config.positive_similarity,
-            negative=config.negative_similarity,
-        )
-        # families are scaled by 1/sqrt(n): weigh them equally here too, by summing over features
-        error = F.smooth_l1_loss(predicted.float(), r, reduction="none").sum(1)
-        regression = (error * valid).sum() / mean_valid
-        return {
-            "contrast": contrast.loss * (valid.sum() / mean_valid),
-            "regression": regression,
-            "mean_positives": contrast.mean_positives,
-            "student_cosine": contrast.student_cosine,
-            "teacher_cosine": contrast.teacher_cosine,
-        }
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -233,42 +31,53 @@ class StepResult:
     """What one optimiser step did."""
 
     values: dict[str, float]
+    """Losses of this process's part of the batch, and what the step was made with."""
     skipped: bool
+    embeddings: torch.Tensor | None = None
+    """Unit vectors (N, E) of the student's valid tokens over all processes; None without distillation."""
 
 
 class Trainer:
     """Model, averaged weights and optimiser; one ``step`` per batch. Its state is what a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, standardisation: Standardisation | None, *, device: str) -> None:
+    def __init__(self, config: TrainConfig, standardisations: Sequence[Standardisation], *, device: str) -> None:
         self.config = config
         self.device = torch.device(device)
+        self.precision = precision_of(config, self.device)
         with torch.random.fork_rng(devices=[]):  # weights are a function of the seed; the caller's state is untouched
             torch.manual_seed(config.seed)
-            self.model = DistilledDiffusion(config, standardisation).to(self.device)
+            self.model = DistilledDiffusion(config, standardisations).to(self.device)
+        if self.precision == "fp64":
+            self.model.double()
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._compile()
         self.parallel: nn.Module = self.model
-        if _world_size() > 1:
+        if world_size() > 1:
             if config.head_norm == "batch":
                 if self.device.type == "cpu":
                     raise UsageError("--head-norm batch needs GPUs or a single process: use --head-norm layer")
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             devices = [self.device] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
-        heads = [*self.model.head.parameters(), *self.model.teacher.parameters()]
-        groups = [
-            {"params": list(self.model.unet.parameters()), "scale": config.unet_rate_scale},
-            {"params": heads, "scale": 1.0},
-        ]
-        self.optimiser = torch.optim.Adam(groups, lr=config.learning_rate, fused=self.device.type == "cuda")
+        self.queue = DescriptorQueue(config.queue_size, self.model.num_features, device=self.device)
+        self.optimiser = _make_optimiser(self.model, config, self.device)
         self.images = 0
         self.steps = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
-        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.precision = ("bf16" if bf16 else "fp32") if config.precision == "auto" else config.precision
-        if self.precision == "bf16" and self.device.type == "cpu":
-            # torch 2.13: weight gradients of conv3d on maps as small as 2x4x4 come from uninitialised memory
-            raise UsageError("--precision bf16 gives wrong gradients on a CPU: use --precision fp32")
+
+    def _compile(self) -> None:
+        """Compile the network for the shape of a part of a batch, where that pays."""
+        config = self.config
+        images = max(1, config.batch_size // world_size() // config.accumulate)
+        dtype = next(self.model.unet.parameters()).dtype
+        channels = self.model.unet.spec.in_channels
+        x = torch.zeros(images, channels, *config.patch_size, device=self.device, dtype=dtype)
+        t = torch.ones(images, device=self.device, dtype=torch.long)
+        compile_network(self.model.unet, (x, t), mode=config.compile, autocast=self._autocast())
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def distill_ramp(self) -> float:
@@ -282,8 +91,8 @@ class Trainer:
         """Weight of the contrast for the next step."""
         return self.distill_ramp * self.config.distill_weight
 
-    def step(self, batch: Mapping[str, torch.Tensor], *, num_images: int) -> StepResult:
-        """Train on this rank's part of a batch of ``num_images`` over all ranks.
+    def step(self, batch: Batch, *, num_images: int) -> StepResult:
+        """Train on this process's part of a batch of ``num_images`` over all processes.
 
         Raises
         ------
@@ -291,38 +100,79 @@ class Trainer:
             When losses or gradients have not been finite for many steps in a row.
         """
         config = self.config
-        ramp, weight = self.distill_ramp, self.distill_weight
+        weight = self.distill_weight
         rate = _rate(self.images / config.total_images, config.warmup_share)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * group["scale"] * rate
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = self.parallel(on_device, ramp)
-        losses["total"].backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        # Gradients are averaged over ranks, so their norm is the same on all of them: all skip, or none does.
-        finite = bool(torch.isfinite(norm))
+        losses, descriptors = self._backward(batch)
+        norms = self._clip()
+        # Gradients are averaged over processes, so their norm is the same on all of them: all skip, or none does.
+        finite = math.isfinite(norms["gradient_norm"])
         if finite:
             self.optimiser.step()
             self._update_ema()
+            for rows in descriptors:
+                self.queue.push(rows)
         else:  # batch statistics change in the forward pass already
             for buffer, old in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(old)
         self._count(finite)
         self.images += num_images
         self.steps += 1
-        values = {key: float(value.detach()) for key, value in losses.items()}
-        return StepResult({**values, "weight": weight, "rate": rate, "gradient_norm": float(norm)}, not finite)
+        embeddings = losses.pop(EMBEDDINGS, None)
+        names = list(losses)
+        read = torch.stack([losses[name].double() for name in names]).tolist() if names else []  # one wait for the GPU
+        values = dict(zip(names, read, strict=True))
+        values |= {"weight": weight, "rate": rate, **norms, "skipped": float(self.skipped)}
+        return StepResult(values, not finite, embeddings)
+
+    def _backward(self, batch: Batch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Gradients of all parts of the batch; mean losses, the embeddings of the last part, descriptors of each."""
+        ramp, parts = self.distill_ramp, self.config.accumulate
+        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        # counted over the whole batch, so that neither parts nor processes change what an image weighs
+        noisy = (on_device["t"] > 0).sum().double()
+        if world_size() > 1:
+            torch.distributed.all_reduce(noisy)
+        noisy = (noisy / (parts * world_size())).clamp(min=1 / (parts * world_size()))
+        queue = self.queue.rows.clone() if self.config.queue_size else None
+        sums: dict[str, torch.Tensor] = {}
+        descriptors = []
+        for number, part in enumerate(_parts(on_device, parts)):
+            last = number == parts - 1
+            silent = nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()  # type: ignore[operator]
+            with silent:
+                with self._autocast():
+                    losses = self.parallel(part, ramp, noisy, queue)
+                (losses["total"] / parts).backward()
+            embeddings = losses.pop(EMBEDDINGS, None)
+            if DESCRIPTORS in losses:
+                descriptors.append(losses.pop(DESCRIPTORS))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / parts
+        return sums | ({} if embeddings is None else {EMBEDDINGS: embeddings}), descriptors
+
+    def _clip(self) -> dict[str, float]:
+        """Norms of the gradients before they are clipped."""
+        unet = [p.grad for p in self.model.unet.parameters() if p.grad is not None]
+        heads = [p.grad for m in (self.model.head, self.model.teacher) for p in m.parameters() if p.grad is not None]
+        norms = [nn.utils.get_total_norm(gradients) for gradients in (unet, heads)]
+        total = torch.stack(norms).norm()
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, total)
+        read = torch.stack([total, *norms]).tolist()
+        return dict(zip(("gradient_norm", "gradient_norm_unet", "gradient_norm_heads"), read, strict=True))
 
     def _count(self, finite: bool) -> None:
         self.skipped += not finite
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise MismatchError(
-                f"no finite gradient for {MAX_SKIPPED_IN_A_ROW} steps in a row after {self.images} images: lower "
-                "--learning-rate or use --precision fp32; the last checkpoint is kept"
+                f"no finite gradient for {MAX_SKIPPED_IN_A_ROW} steps in a row after {self.images} images "
+                f"({self.skipped} of {self.steps + 1} steps in all): lower --learning-rate (now "
+                f"{self.config.learning_rate:g}) or --clip-norm, or use --precision fp32 (now {self.precision}); the "
+                "last checkpoint is kept"
             )
 
     @torch.no_grad()
@@ -335,12 +185,26 @@ class Trainer:
             else:
                 average.copy_(own[name])
 
+    @torch.no_grad()
+    def judge(self, batch: Batch) -> dict[str, float]:
+        """Losses of the averaged weights on this process's part of a batch, without training on it.
+
+        Of the diffusion and, where a teacher is heard, of the regression: both are means over images or tokens, while
+        a contrast depends on what else is in the batch.
+        """
+        on_device = {key: value.to(self.device) for key, value in batch.items()}
+        with self._autocast():
+            losses = self.ema(on_device, 1.0)
+        names = [name for name in ("diffusion", "regression") if name in losses]
+        return {name: float(losses[name]) for name in names}
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; ``load_state_dict`` continues the run exactly."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "queue": self.queue.state_dict(),
             "images": self.images,
             "steps": self.steps,
             "skipped": self.skipped,
@@ -352,12 +216,45 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.queue.load_state_dict(state["queue"])
         self.images, self.steps = int(state["images"]), int(state["steps"])
         self.skipped, self._skipped_in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
 
     def student_weights(self) -> dict[str, torch.Tensor]:
         """Averaged weights that are used after training: U-Net and student head; the teacher is discarded."""
-        return {name: tensor for name, tensor in self.ema.state_dict().items() if name.startswith(("unet.", "head."))}
+        weights = {n: tensor for n, tensor in self.ema.state_dict().items() if n.startswith(("unet.", "head."))}
+        return {n: t.float() if t.dtype == torch.float64 else t for n, t in weights.items()}
+
+
+def precision_of(config: TrainConfig, device: torch.device) -> str:
+    """Numbers a run computes with: `bf16`, `fp32` or `fp64`.
+
+    Raises
+    ------
+    UsageError
+        If the device computes wrongly with them.
+    """
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    precision = ("bf16" if bf16 else "fp32") if config.precision == "auto" else config.precision
+    if precision == "bf16" and device.type == "cpu":
+        # torch 2.13: weight gradients of conv3d on maps as small as 2x4x4 come from uninitialised memory
+        raise UsageError("--precision bf16 gives wrong gradients on a CPU: use --precision fp32")
+    return precision
+
+
+def _make_optimiser(model: DistilledDiffusion, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    heads = [*model.head.parameters(), *model.teacher.parameters()]
+    groups = [
+        {"params": list(model.unet.parameters()), "scale": config.unet_rate_scale},
+        {"params": heads, "scale": 1.0},
+    ]
+    return fused_adamw(groups, learning_rate=config.learning_rate, weight_decay=config.weight_decay, device=device)
+
+
+def _parts(batch: Batch, parts: int) -> list[dict[str, torch.Tensor]]:
+    """Equal shares of a batch, in order."""
+    size = len(batch["t"]) // parts
+    return [{key: value[k * size : (k + 1) * size] for key, value in batch.items()} for k in range(parts)]
 
 
 def _rate(progress: float, warmup: float) -> float:
@@ -365,9 +262,3 @@ def _rate(progress: float, warmup: float) -> float:
     if progress < warmup:
         return max(progress / warmup, 0.01)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
-
-
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

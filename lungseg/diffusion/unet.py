@@ -1,20 +1,41 @@
-"""The student: a 3-D U-Net of the guided-diffusion family (METHOD 1.2), whose encoder can be run alone.
+"""The student: a U-Net of the guided-diffusion family (METHOD 1.2), whose encoder can be run alone.
 
 Input (N, 2, D, H, W): x_t and the lung mask in {0, 1}; output (N, 1, D, H, W). The encoder plus the middle block
-gives the bottleneck, one token per ``token_size``^3 voxels.
+gives the bottleneck, one token per ``token_size``^3 voxels. The same in 2-D, without the D.
+
+The encoder has two parts. The *trunk* is all that is finer than a token: convolutions and norms per voxel, so with
+channel norm a token depends on the voxels within :attr:`UNetSpec.trunk_reach` of it and on nothing else. The rest,
+:meth:`UNet.contextualise`, works on tokens: the coarsest level, and the middle with its attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lungseg.diffusion.attention import Attention
+from lungseg.diffusion.layers import (
+    ResidualBlock,
+    Upsample,
+    channels_last,
+    convolution,
+    fold,
+    make_norm,
+    norm_silu,
+    unfold,
+    zero_init,
+)
+from lungseg.errors import MismatchError, UsageError
 
 MAX_PERIOD = 1000.0
 """Longest period of the time embedding (authors' code)."""
+MIDDLE, OUTPUT = "middle", "output"
+"""Names of the bottleneck and of the prediction among the blocks."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,12 @@ class UNetSpec:
     stem: int = 1
     norm: str = "channel"
     in_channels: int = 2
+    condition_channels: int = 0
+    """Channels given beside the input, such as a mask to draw a lesion in."""
+    out_channels: int = 1
+    dims: int = 3
+    attention_window: tuple[int, ...] | None = None
+    """Tokens along each axis of an attention window; None: attention over all that the network is given."""
 
     @property
     def token_size(self) -> int:
@@ -38,78 +65,47 @@ class UNetSpec:
         """Channels of the bottleneck."""
         return self.base_width * self.multipliers[-1]
 
+    @property
+    def is_local(self) -> bool:
+        """Whether a feature is the same however much of the volume is given around it (a wide enough halo)."""
+        return self.norm == "channel" and self.attention_window is not None
 
-class ChannelNorm(nn.Module):
-    """Normalisation over the channels of each voxel (root mean square, Zhang & Sennrich 2019).
+    @property
+    def trunk_reach(self) -> int:
+        """Voxels beyond a token's own that the trunk's output at this token depends on.
 
-    Unlike group norm it does not look at other voxels, so a feature does not depend on the size of the patch around
-    it (FEASIBILITY, failure 6).
-    """
+        A convolution of size 3 reaches one voxel of its level further: one at the stem, two in each residual block,
+        one in each downsampling.
+        """
+        reach, scale = self.stem, self.stem
+        for _ in self.multipliers[:-1]:
+            reach += (2 * self.encoder_blocks + 1) * scale
+            scale *= 2
+        return reach
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
+    @property
+    def context_reach(self) -> tuple[int, int]:
+        """Tokens beyond its own that reach a token before the attention, and after it."""
+        return 2 * self.encoder_blocks + 2, 2
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.float().square().mean(dim=1, keepdim=True) + 1e-6).to(x.dtype)
-        return x * scale * self.weight.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Blocks in the order they are computed: ``encoder.LEVEL.BLOCK``, ``middle``, ``decoder.LEVEL.BLOCK``."""
+        levels = range(len(self.multipliers))
+        encoder = [f"encoder.{level}.{i}" for level in levels for i in range(self.encoder_blocks)]
+        decoder = [f"decoder.{level}.{i}" for level in reversed(levels) for i in range(self.encoder_blocks + 1)]
+        return (*encoder, MIDDLE, *decoder)
 
-
-def make_norm(kind: str, channels: int) -> nn.Module:
-    """`channel`: :class:`ChannelNorm`; `group`: 32 groups as published."""
-    return ChannelNorm(channels) if kind == "channel" else nn.GroupNorm(32, channels)
-
-
-class ResidualBlock(nn.Module):
-    """norm-SiLU-conv, + time, norm-SiLU-conv(zero), + skip."""
-
-    def __init__(self, width_in: int, width_out: int, width_time: int, norm: str) -> None:
-        super().__init__()
-        self.norm_in = make_norm(norm, width_in)
-        self.conv_in = nn.Conv3d(width_in, width_out, 3, padding=1)
-        self.time = nn.Linear(width_time, width_out)
-        self.norm_out = make_norm(norm, width_out)
-        self.conv_out = _zero(nn.Conv3d(width_out, width_out, 3, padding=1))
-        self.skip = nn.Conv3d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        h = h + self.time(F.silu(time))[:, :, None, None, None]
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        skip: torch.Tensor = self.skip(x)
-        return skip + h
-
-
-class Attention(nn.Module):
-    """Self-attention with one head over all voxels of a feature map, residual."""
-
-    def __init__(self, channels: int, norm: str) -> None:
-        super().__init__()
-        self.norm = make_norm(norm, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.project = _zero(nn.Conv1d(channels, channels, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.qkv(self.norm(x).flatten(2))  # (N, 3C, L)
-        q, k, v = h.transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)  # (N, 1, L, C) each
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-        return x + self.project(h).view_as(x)
-
-
-class Upsample(nn.Module):
-    """Trilinear doubling, then a 3^3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="trilinear"))
-        return result
+    def voxels_per_cell(self, name: str) -> int:
+        """Voxels along one edge of a cell of a block's feature map."""
+        return self.token_size if name == MIDDLE else self.stem * 2 ** int(name.split(".")[1])
 
 
 class UNet(nn.Module):
     """The network of ``spec``; ``encode`` stops at the bottleneck."""
+
+    gradient_checkpointing = False
+    """Recompute the blocks in the backward pass instead of keeping what they computed: less memory, same gradients."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -117,89 +113,176 @@ class UNet(nn.Module):
         widths = [spec.base_width * m for m in spec.multipliers]
         width_time = 4 * spec.base_width
         self.time = nn.Sequential(nn.Linear(spec.base_width, width_time), nn.SiLU(), nn.Linear(width_time, width_time))
-        folded = spec.stem**3
-        self.conv_in = nn.Conv3d(spec.in_channels * folded, widths[0], 3, padding=1)
+        folded = spec.stem**spec.dims
+        channels = spec.in_channels + spec.condition_channels
+        self.conv_in = convolution(spec.dims, channels * folded, widths[0])
         self.encoder = nn.ModuleList()
         skips = [widths[0]]
         width = widths[0]
         for level, target in enumerate(widths):
             for _ in range(spec.encoder_blocks):
-                self.encoder.append(ResidualBlock(width, target, width_time, spec.norm))
+                self.encoder.append(self._block(width, target, width_time))
                 width = target
                 skips.append(width)
             if level < len(widths) - 1:
-                self.encoder.append(nn.Conv3d(width, width, 3, stride=2, padding=1))
+                self.encoder.append(convolution(spec.dims, width, width, stride=2))
                 skips.append(width)
+        self._encoder_names = _layer_names(self.encoder, "encoder", range(len(widths)))
         self.middle = nn.ModuleList(
             [
-                ResidualBlock(width, width, width_time, spec.norm),
-                Attention(width, spec.norm),
-                ResidualBlock(width, width, width_time, spec.norm),
+                self._block(width, width, width_time),
+                Attention(width, spec.norm, spec.attention_window),
+                self._block(width, width, width_time),
             ]
         )
         self.decoder = nn.ModuleList()
         for level, target in reversed(list(enumerate(widths))):
             # One block more than in the encoder: each takes one skip, those of the blocks and of the downsampling.
             for _ in range(spec.encoder_blocks + 1):
-                self.decoder.append(ResidualBlock(width + skips.pop(), target, width_time, spec.norm))
+                self.decoder.append(self._block(width + skips.pop(), target, width_time))
                 width = target
             if level:
-                self.decoder.append(Upsample(width))
+                self.decoder.append(Upsample(width, dims=spec.dims))
+        self._decoder_names = _layer_names(self.decoder, "decoder", reversed(range(len(widths))))
         self.norm_out = make_norm(spec.norm, width)
-        self.conv_out = _zero(nn.Conv3d(width, folded, 3, padding=1))
+        self.conv_out = zero_init(convolution(spec.dims, width, spec.out_channels * folded))
+        # weights in the layout of the feature maps: a convolution would reorder them at every call
+        for parameter in self.parameters():
+            if parameter.ndim == spec.dims + 2:
+                parameter.data = channels_last(parameter.data)
+
+    def _block(self, width_in: int, width_out: int, width_time: int) -> ResidualBlock:
+        return ResidualBlock(width_in, width_out, width_time, self.spec.norm, dims=self.spec.dims)
 
     def embed_time(self, t: torch.Tensor) -> torch.Tensor:
         """Sinusoidal embedding of ``t`` (N,), then two linear layers: (N, 4 base)."""
         half = self.spec.base_width // 2
         steps = torch.arange(half, device=t.device, dtype=torch.float32)
         angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
-        result: torch.Tensor = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        result: torch.Tensor = self.time(sinusoid.to(next(self.parameters()).dtype))
         return result
 
-    def _encode(self, x: torch.Tensor, time: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        h = self.conv_in(fold(x, self.spec.stem))
+    def encode(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Bottleneck (N, C, D/p, H/p, W/p) of inputs (N, 2, D, H, W) at times (N,): 17 % of a full pass."""
+        return self.activations(x, t, (MIDDLE,), condition)[MIDDLE]
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prediction (N, 1, D, H, W) and bottleneck (N, C, d, h, w)."""
+        found = self.activations(x, t, (MIDDLE, OUTPUT), condition)
+        return found[OUTPUT], found[MIDDLE]
+
+    def activations(
+        self, x: torch.Tensor, t: torch.Tensor, names: Sequence[str], condition: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Feature maps of named blocks; nothing deeper than the deepest one asked is computed.
+
+        Parameters
+        ----------
+        x : tensor (N, in_channels, D, H, W)
+            D, H, W multiples of the token size.
+        t : tensor (N,)
+            Noise levels.
+        names : sequence of str
+            Of ``spec.block_names``, or ``output``.
+        condition : tensor (N, condition_channels, D, H, W), optional
+            Needed exactly when the network has condition channels.
+
+        Raises
+        ------
+        UsageError
+            For an unknown name.
+        MismatchError
+            If the input does not fit the network.
+        """
+        last = self._deepest(names)
+        found: dict[str, torch.Tensor] = {}
+        time = self.embed_time(t)
+        h = self._stem(x, condition)
         skips = [h]
-        for layer in self.encoder:
-            h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
+        for name, layer in zip(self._encoder_names, self.encoder, strict=True):
+            h = found[name] = self._layer(layer, h, time)
+            if name == last:
+                return {name: found[name] for name in names}
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
-        return h, skips
+            h = self._layer(layer, h, time)
+        found[MIDDLE] = h
+        if last == MIDDLE:
+            return {name: found[name] for name in names}
+        for name, layer in zip(self._decoder_names, self.decoder, strict=True):
+            joined = torch.cat([h, skips.pop()], dim=1) if isinstance(layer, ResidualBlock) else h
+            h = found[name] = self._layer(layer, joined, time)
+            if name == last:
+                return {name: found[name] for name in names}
+        found[OUTPUT] = unfold(self.conv_out(norm_silu(self.norm_out, h)), self.spec.stem)
+        return {name: found[name] for name in names}
 
-    def encode(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Bottleneck (N, C, D/p, H/p, W/p) of inputs (N, 2, D, H, W) at times (N,): 17 % of a full pass."""
-        return self._encode(x, self.embed_time(t))[0]
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction (N, 1, D, H, W) and bottleneck (N, C, d, h, w)."""
+    def trunk(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """First part of :meth:`encode`, all that is finer than a token: (N, C, d, h, w) of inputs (N, 2, D, H, W)."""
         time = self.embed_time(t)
-        bottleneck, skips = self._encode(x, time)
-        h = bottleneck
-        for layer in self.decoder:
-            h = layer(torch.cat([h, skips.pop()], dim=1), time) if isinstance(layer, ResidualBlock) else layer(h)
-        return unfold(self.conv_out(F.silu(self.norm_out(h))), self.spec.stem), bottleneck
+        h = self._stem(x, condition)
+        for layer in self.encoder[: self._num_trunk_layers]:
+            h = self._layer(layer, h, time)
+        return h
+
+    def contextualise(self, tokens: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Second part of :meth:`encode`: bottleneck (N, C, d, h, w) of what :meth:`trunk` gave.
+
+        ``tokens`` may be a part of a volume's that begins at an attention window; see :attr:`UNetSpec.context_reach`.
+        """
+        time = self.embed_time(t)
+        h = tokens
+        for layer in (*self.encoder[self._num_trunk_layers :], *self.middle):
+            h = self._layer(layer, h, time)
+        return h
+
+    @property
+    def _num_trunk_layers(self) -> int:
+        return (len(self.spec.multipliers) - 1) * (self.spec.encoder_blocks + 1)
+
+    def _deepest(self, names: Sequence[str]) -> str:
+        order = (*self.spec.block_names, OUTPUT)
+        unknown = [name for name in names if name not in order]
+        if unknown or not names:
+            raise UsageError(f"no block {', '.join(unknown) or 'named'}; this network has {', '.join(order)}")
+        return max(names, key=order.index)
+
+    def _stem(self, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        """First feature map of an input, which is checked."""
+        spec = self.spec
+        if condition is not None:
+            x = torch.cat([x, condition.to(x.dtype)], dim=1)
+        wanted = spec.in_channels + spec.condition_channels
+        if x.ndim != spec.dims + 2 or x.shape[1] != wanted or any(n % spec.token_size for n in x.shape[2:]):
+            raise MismatchError(
+                f"the network takes {wanted} channels on {spec.dims} axes that are multiples of {spec.token_size}, "
+                f"not an input of shape {tuple(x.shape)}"
+            )
+        h: torch.Tensor = self.conv_in(channels_last(fold(x, spec.stem)))
+        return h
+
+    def _layer(self, layer: nn.Module, h: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """One layer; recomputed in the backward pass if so wanted."""
+        inputs = (h, time) if isinstance(layer, ResidualBlock) else (h,)
+        if self.gradient_checkpointing and torch.is_grad_enabled() and h.requires_grad:
+            recomputed: torch.Tensor = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return recomputed
+        result: torch.Tensor = layer(*inputs)
+        return result
 
 
-def fold(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Space to depth: (N, C, D, H, W) -> (N, C f^3, D/f, H/f, W/f)."""
-    if factor == 1:
-        return x
-    n, c, d, h, w = x.shape
-    x = x.view(n, c, d // factor, factor, h // factor, factor, w // factor, factor)
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(n, c * factor**3, d // factor, h // factor, w // factor)
-
-
-def unfold(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Depth to space: the inverse of :func:`fold`."""
-    if factor == 1:
-        return x
-    n, c, d, h, w = x.shape
-    x = x.view(n, c // factor**3, factor, factor, factor, d, h, w)
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(n, c // factor**3, d * factor, h * factor, w * factor)
-
-
-def _zero(layer: nn.Conv1d | nn.Conv3d) -> nn.Conv1d | nn.Conv3d:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+def _layer_names(layers: nn.ModuleList, part: str, levels: Iterable[int]) -> tuple[str, ...]:
+    """Name of each layer's output: ``PART.LEVEL.BLOCK`` for residual blocks, ``PART.LEVEL`` for what ends a level."""
+    names, remaining = [], iter(levels)
+    level, block = next(remaining), 0
+    for layer in layers:
+        if isinstance(layer, ResidualBlock):
+            names.append(f"{part}.{level}.{block}")
+            block += 1
+        else:
+            names.append(f"{part}.{level}")
+            level, block = next(remaining), 0
+    return tuple(names)

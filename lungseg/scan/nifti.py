@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,9 @@ def write_image(
     stored, grid = to_stored(values, geometry, stored_axes=stored_axes, stored_flips=stored_flips)
     # Not the name itself with an ending: long names leave no room for one.
     key = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
-    partial = path.with_name(f".{key}.{os.getpid()}.partial")
+    host = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    _remove_orphans(path.parent, f".{key}.{host}.")
+    partial = path.with_name(f".{key}.{host}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as raw:
             # No name and no time in the gzip header: equal input gives equal bytes.
@@ -150,3 +153,15 @@ def write_image(
         raise ResourceError(f"{path}: could not be written ({error.strerror or error}); is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path, prefix: str) -> None:
+    """Remove what processes of this machine that were killed left half written."""
+    for old in folder.glob(f"{prefix}*.partial"):
+        pid = old.name.removeprefix(prefix).removesuffix(".partial")
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            old.unlink(missing_ok=True)
+        except (ValueError, PermissionError):  # not one of ours, or alive under another user
+            continue

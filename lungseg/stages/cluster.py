@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,27 +14,18 @@ import numpy as np
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.execution import Execution, resolve_device
 from lungseg.config.fields import to_dict
-from lungseg.diffusion.checkpoint import Student, load_student, read_model_file, save_model
-from lungseg.diffusion.tokens import NoiseField, encode_windows
-from lungseg.errors import InputError, MismatchError
+from lungseg.diffusion.checkpoint import Student, load_student
+from lungseg.errors import MismatchError
 from lungseg.segmentation.density import (
     TokenStatistics,
     healthy_mode_hu,
     smooth_hu,
     token_statistics,
 )
-from lungseg.segmentation.lattice import (
-    TokenFusion,
-    gaussian_window,
-    lattice_shape,
-    pad_volume,
-    padded_shape,
-    token_mask_fraction,
-    window_corners,
-)
-from lungseg.segmentation.mixture import MixtureFit, fit_mixture
+from lungseg.segmentation.encoding import encode_lung, resolve_encoding
+from lungseg.segmentation.lattice import token_mask_fraction
+from lungseg.segmentation.mixture import fit_mixture
 from lungseg.segmentation.naming import (
-    ComponentName,
     NamingRule,
     name_components,
     name_tokens,
@@ -43,40 +33,33 @@ from lungseg.segmentation.naming import (
 )
 from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, limited_threads, run_cases
 from lungseg.stages.extract_radiomics import training_cases
-from lungseg.store.atomic import atomic_path, read_json, write_json
+from lungseg.stages.fits import (
+    NamedFit,
+    find_model,
+    fitted_settings,
+    load_fit,
+    names_table,
+    write_bundle,
+    write_fit,
+)
+from lungseg.store.atomic import read_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
-from lungseg.store.patches import mask_fractions
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import check_current, make_provenance, write_artefact
-from lungseg.tissue import TISSUES, tissue_by_name
+from lungseg.tissue import TISSUES
 
 log = logging.getLogger(__name__)
 
 _TOKEN_SETTINGS = (
-    "timesteps", "combine", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
+    "timesteps", "combine", "encoding", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
 )  # fmt: skip
 """Settings the tokens depend on."""
 _SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window", "naming_sigma_mm")
-_FIT_SETTINGS = tuple(f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size"))
+_FIT_SETTINGS = tuple(
+    f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size", "slab_gib")
+)
 _STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
-
-
-@dataclass(frozen=True)
-class NamedFit:
-    """A fitted mixture with the tissue of each component."""
-
-    mixture: MixtureFit
-    names: tuple[ComponentName, ...]
-    provenance: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the mixture's arrays and the names."""
-        digest = hashlib.sha256(repr([(n.component, int(n.tissue)) for n in self.names]).encode())
-        for name, array in sorted(self.mixture.to_arrays().items()):
-            digest.update(name.encode() + array.tobytes())
-        return digest.hexdigest()
 
 
 def cluster(
@@ -115,7 +98,8 @@ def cluster(
     model_path = find_model(Path(model))
     student = load_student(model_path)
     store.check_uniform(case_ids)
-    _check_model(store, student, config)
+    check_model(store, student, config.timesteps)
+    config = dataclasses.replace(config, encoding=resolve_encoding(student, config.encoding))
     outcomes: tuple[CaseOutcome, ...] = ()
     if fit is not None:
         fitted = load_fit(Path(fit))
@@ -134,7 +118,7 @@ def cluster(
             sampled.require_complete()
         fitted = _fit(store, sampled.complete(), student, config, execution)
     if bundle is not None:
-        _write_bundle(Path(bundle), model_path, student, fitted)
+        write_bundle(Path(bundle), model_path, student, fitted)
     notes = (f"fit: {store.fit_dir(config.name)}",) if fit is None else ()
     if fit_only:
         return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
@@ -151,7 +135,7 @@ def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: 
     """Refuse a fit of another model, or of tokens made with other settings."""
     if fitted.provenance["inputs"].get("model") != student.fingerprint:
         raise MismatchError(f"the fit {path} belongs to another model than the one given with --model")
-    made, wanted = fitted.provenance["config"], to_dict(config)
+    made, wanted = fitted_settings(fitted.provenance), to_dict(config)
     differing = [
         f"{key}: fitted with {made.get(key)}, now {wanted[key]}"
         for key in _TOKEN_SETTINGS
@@ -161,32 +145,21 @@ def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: 
         raise MismatchError(f"the fit {path} needs tokens made as its own were ({'; '.join(differing)})")
 
 
-def find_model(path: Path) -> Path:
-    """The model file of a training run, or the file itself.
+def check_model(store: Store, student: Student, timesteps: Sequence[int]) -> None:
+    """Refuse a store of another spacing than the model's, and noise levels that its diffusion does not have.
 
     Raises
     ------
-    InputError
-        If there is none, saying how to get one.
+    MismatchError
+        Saying which, and what to do.
     """
-    if path.is_dir():
-        for name in ("model.safetensors", "bundle.safetensors"):
-            if (path / name).is_file():
-                return path / name
-        raise InputError(f"{path} holds no model.safetensors: the training is not finished; run the same command again")
-    if not path.is_file():
-        raise InputError(f"{path}: no such model; make one with: lungseg train-ddpm STORE -o RUN")
-    return path
-
-
-def _check_model(store: Store, student: Student, config: ClusterConfig) -> None:
     spacing, trained = float(store.header["config"]["spacing_mm"]), float(student.card["spacing_mm"])
     if abs(spacing - trained) > 1e-6:
         raise MismatchError(
             f"the model was trained at {trained} mm, store {store.path} has {spacing} mm: "
             f"make the store with --spacing-mm {trained}"
         )
-    beyond = [t for t in config.timesteps if t > student.schedule.num_steps]
+    beyond = [t for t in timesteps if t > student.schedule.num_steps]
     if beyond:
         raise MismatchError(f"--timesteps {beyond}: the model's diffusion has {student.schedule.num_steps} steps")
 
@@ -203,44 +176,9 @@ def _student(path: Path, device: str) -> Student:
     return _STUDENTS[key]
 
 
-def _windows(
-    image: np.ndarray, mask: np.ndarray, student: Student, config: ClusterConfig
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Corners (n, 3) and token descriptors (n, C, d, h, w) of all windows with lung, batch by batch."""
-    patch, p = student.config.patch_size, student.config.token_size
-    target = padded_shape(image.shape, patch, p)
-    image, mask = pad_volume(image, target), np.pad(mask, [(0, t - n) for t, n in zip(target, mask.shape, strict=True)])
-    stride = [max(p, round(n * (1 - config.overlap) / p) * p) for n in patch]
-    corners = window_corners(target, patch, stride, token_size=p)
-    corners = corners[mask_fractions(mask, corners, patch) >= max(config.min_window_lung, 1e-9)]
-    noise = NoiseField(config.seed, (target[1], target[2]))
-    for start in range(0, len(corners), config.batch_size):
-        part = corners[start : start + config.batch_size]
-        boxes = [tuple(slice(c, c + n) for c, n in zip(corner, patch, strict=True)) for corner in part]
-        hu, lung = np.stack([image[box] for box in boxes]), np.stack([mask[box] > 0 for box in boxes])
-        yield part, encode_windows(student, hu, lung, part, noise, timesteps=config.timesteps, combine=config.combine)
-
-
 def case_tokens(volume: Artefact, student: Student, config: ClusterConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Fused tokens of one case.
-
-    Returns
-    -------
-    features : float32 array, shape (C, z, y, x)
-        On the token lattice; zero where no window reached.
-    usable : bool array, shape (z, y, x)
-        Tokens that any window covered and that hold any lung.
-    """
-    image, mask = volume.read("image"), volume.read("mask")
-    embedding, p = student.config.embedding, student.config.token_size
-    channels = embedding * (len(config.timesteps) if config.combine == "concat" else 1)
-    fusion = TokenFusion(lattice_shape(image.shape, p), channels)
-    weights = gaussian_window([n // p for n in student.config.patch_size], config.window_sigma)
-    for corners, features in _windows(image, mask, student, config):
-        for corner, feature in zip(corners, features, strict=True):
-            fusion.add(corner // p, feature, weights)
-    fused, covered = fusion.result(unit_blocks=embedding)
-    return fused, covered & (token_mask_fraction(mask > 0, p) > 0)
+    """Tokens of one case and which of them can be used; see :func:`encode_lung`."""
+    return encode_lung(volume.read("image"), volume.read("mask") > 0, student, config)
 
 
 def _sample_one(
@@ -299,7 +237,7 @@ def _fit(store: Store, case_ids: list[str], student: Student, config: ClusterCon
                 if not execution.overwrite:
                     raise
         fitted = _fit_tokens(store, case_ids, config, wanted)
-        _write_fit(folder, fitted)
+        write_fit(folder, fitted)
     return fitted
 
 
@@ -345,76 +283,6 @@ def _join(parts: list[TokenStatistics]) -> TokenStatistics:
     return TokenStatistics(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _STATISTICS})
 
 
-def _fit_json(fitted: NamedFit) -> dict[str, Any]:
-    """What ``clusters.json`` says: every component's name, statistics and the rule that fired."""
-    components = []
-    for name in fitted.names:
-        row = {key: _json_number(value) for key, value in vars(name).items() if key not in ("tissue", "votes")}
-        votes = {TISSUES[tissue].name: round(float(share), 6) for tissue, share in name.votes.items()}
-        components.append({**row, "tissue": TISSUES[name.tissue].name, "votes": votes})
-    return {"provenance": fitted.provenance, "components": components}
-
-
-def _json_number(value: Any) -> Any:
-    return (None if np.isnan(value) else float(value)) if isinstance(value, (float, np.floating)) else value
-
-
-def _fit_from(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NamedFit:
-    names = []
-    for row in description["components"]:
-        values: dict[str, Any] = {key: float("nan") if value is None else value for key, value in row.items()}
-        votes = {tissue_by_name(key): share for key, share in row["votes"].items()}
-        names.append(ComponentName(**{**values, "tissue": tissue_by_name(row["tissue"]), "votes": votes}))
-    return NamedFit(MixtureFit.from_arrays(arrays), tuple(names), dict(description["provenance"]))
-
-
-def _write_fit(folder: Path, fitted: NamedFit) -> None:
-    from safetensors.numpy import save
-
-    with atomic_path(folder) as partial:
-        partial.mkdir()
-        (partial / "mixture.safetensors").write_bytes(save(_saveable(fitted.mixture)))
-        write_json(partial / "clusters.json", _fit_json(fitted))
-
-
-def _saveable(mixture: MixtureFit) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array) for name, array in mixture.to_arrays().items()}
-
-
-def load_fit(path: Path) -> NamedFit:
-    """A fitted clustering: folder ``fits/<name>`` of a store, or a bundle.
-
-    Raises
-    ------
-    MismatchError
-        If a model file without a fit is given.
-    StoreError
-        If files are missing or damaged.
-    """
-    if path.is_dir() and (path / "clusters.json").exists():
-        from safetensors.numpy import load_file
-
-        return _fit_from(read_json(path / "clusters.json"), load_file(path / "mixture.safetensors"))
-    metadata, tensors = read_model_file(find_model(path))
-    if not metadata["extra"]:
-        raise MismatchError(f"{path} holds a model but no fit: run lungseg cluster STORE --model {path} --bundle FILE")
-    arrays = {name.removeprefix("fit."): t.numpy() for name, t in tensors.items() if name.startswith("fit.")}
-    return _fit_from(metadata["extra"], arrays)
-
-
-def _write_bundle(path: Path, model: Path, student: Student, fitted: NamedFit) -> None:
-    import torch
-
-    _, tensors = read_model_file(model)
-    weights = {name: t for name, t in tensors.items() if not name.startswith("fit.")}
-    extra = {f"fit.{name}": torch.from_numpy(array) for name, array in _saveable(fitted.mixture).items()}
-    # this file is shared: how many cases, and which by fingerprint, but not their ids
-    inputs = {key: mark for key, mark in fitted.provenance["inputs"].items() if key != "model"}
-    shared = {**fitted.provenance, "inputs": {"model": student.fingerprint, "tokens": sorted(inputs.values())}}
-    description = _fit_json(dataclasses.replace(fitted, provenance=shared))
-    save_model(path, weights, config=student.config, card=student.card, extra_tensors=extra, extra=description)
-
-
 def _apply_one(
     case_id: str,
     store: Store,
@@ -448,24 +316,3 @@ def _apply_one(
         datasets = {"posterior": posterior, "coverage": usable.astype(np.uint8)}
         write_artefact(path, "clusters", datasets, provenance=wanted)
     return DONE, "" if usable.any() else "no lung: nothing to cluster"
-
-
-def names_table(fitted: NamedFit) -> Any:
-    """Table of the components for the terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"{fitted.mixture.num_components} components")
-    for column in ("component", "tissue", "share", "median HU", "25th pct.", "LAA-950", "local SD", "votes"):
-        table.add_column(column, justify="left" if column == "tissue" else "right")
-    for name in fitted.names:
-        table.add_row(
-            str(name.component),
-            TISSUES[name.tissue].title,
-            f"{100 * name.weight:.1f} %",
-            f"{name.median_hu:.0f}",
-            f"{name.p25_hu:.0f}",
-            f"{100 * name.laa950_share:.0f} %",
-            f"{name.local_sd_hu:.0f}",
-            f"{100 * max(name.votes.values(), default=0.0):.0f} %",
-        )
-    return table

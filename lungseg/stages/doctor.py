@@ -30,6 +30,7 @@ _OPTIONAL = (
     ),
     (PACKAGE, "lungmask", "preprocess --lung-mask lungmask", "pip install 'lungseg[lungmask]'"),
     ("highdicom", "highdicom", "refine --dicom-seg", "pip install 'lungseg[dicomseg]'"),
+    ("tensorboard", "tensorboard", "train-ddpm --tensorboard", "pip install 'lungseg[tensorboard]'"),
     ("distributed", "distributed", "spreading cases over a cluster with dask", "pip install 'lungseg[cluster]'"),
 )
 

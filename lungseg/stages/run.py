@@ -23,10 +23,11 @@ from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
 from lungseg.scan.lung_mask_labels import AUTO
-from lungseg.stages.cluster import cluster, find_model
+from lungseg.stages.cluster import cluster
 from lungseg.stages.cohort import CaseOutcome, StageResult, output_folder
 from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
+from lungseg.stages.fits import find_model, fitted_settings
 from lungseg.stages.preprocess import preprocess
 from lungseg.stages.refine import refine
 from lungseg.stages.report import report_pages
@@ -195,8 +196,8 @@ def _dictated(model: Path) -> dict[type, dict[str, Any]]:
     }
     metadata, _ = read_model_file(model)
     if metadata["extra"]:
-        fitted = metadata["extra"]["provenance"]["config"]
-        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size"}
+        fitted = fitted_settings(metadata["extra"]["provenance"])
+        names = {field.name for field in dataclasses.fields(ClusterConfig)} - {"name", "batch_size", "slab_gib"}
         result[ClusterConfig] = {key: value for key, value in fitted.items() if key in names}
     return result
 

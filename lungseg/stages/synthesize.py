@@ -13,8 +13,8 @@ from lungseg.config.synthesize import SynthesizeConfig
 from lungseg.diffusion.checkpoint import Student, load_student
 from lungseg.diffusion.sampling import sample_ddpm, sample_dpm_solver
 from lungseg.scan.volume import Geometry
-from lungseg.stages.cluster import find_model
 from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, limited_threads
+from lungseg.stages.fits import find_model
 from lungseg.stages.progress import progress
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock

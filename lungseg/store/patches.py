@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lungseg.errors import InputError
+from lungseg.errors import InputError, UsageError
 from lungseg.scan.volume import AIR_HU
 from lungseg.store.reader import ReaderPool
 
@@ -131,6 +131,19 @@ class Patch:
     """bool, same shape; False outside the volume."""
     lung_median_hu: float
     """Median HU of the whole lung of the case (reference of the Gabor features)."""
+    limits_hu: tuple[float, float] | None = None
+    """Least and largest HU of the volume, where asked for."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is known of a case before a patch is read."""
+
+    path: Path
+    corners: np.ndarray
+    """Of its listed patches, int32 (N, 3)."""
+    lung_median_hu: float
+    limits_hu: tuple[float, float] | None
 
 
 class PatchSource:
@@ -145,30 +158,41 @@ class PatchSource:
         seed: int,
         flips: bool,
         cache_bytes: int,
+        turns: bool = False,
+        limits: bool = False,
     ) -> None:
         """List the patches of ``volumes`` (paths of ``volume.h5``).
 
         Volumes are kept decoded in memory, per process, while they fit in ``cache_bytes``; the others are read as
-        hyperslabs.
+        hyperslabs. ``turns`` also turns patches in the axial plane (they must be square there); ``limits`` also finds
+        the least and largest HU of each volume, which reads all of them once.
 
         Raises
         ------
         InputError
             If no volume lists a patch.
+        UsageError
+            If patches that are not square are to be turned.
         """
         self._size = tuple(int(n) for n in size)
         self._halo = halo
         self._seed = seed
         self._flips = flips
+        self._turns = turns
+        if turns and self._size[1] != self._size[2]:
+            raise UsageError(f"patches of {self._size} voxels cannot be turned in the axial plane: they are not square")
         self._cache_bytes = cache_bytes
         self._pool = ReaderPool()
         self._cache: OrderedDict[Path, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._cases: list[tuple[Path, np.ndarray, float]] = []
+        self._cases: list[_Case] = []
         for path in volumes:
             artefact = self._pool.get(path, "volume")
             corners = artefact.read("patches/corner")
             if len(corners):
-                self._cases.append((path, corners, float(artefact.provenance["lung_median_hu"])))
+                median = float(artefact.provenance["lung_median_hu"])
+                self._cases.append(
+                    _Case(path, corners, median, volume_limits(artefact.read("image")) if limits else None)
+                )
         if not self._cases:
             raise InputError(
                 f"none of the {len(volumes)} cases lists a training patch: no lung was found in them, "
@@ -182,15 +206,18 @@ class PatchSource:
         return {**self.__dict__, "_cache": OrderedDict()}
 
     def read(self, index: int) -> Patch:
-        """Patch number ``index`` of the run: its case, place and flips follow from (seed, index) only."""
+        """Patch number ``index`` of the run: its case, place, flips and turn follow from (seed, index) only."""
         rng = np.random.Generator(np.random.Philox(key=[self._seed, index]))
-        path, corners, median = self._cases[int(rng.integers(len(self._cases)))]
-        corner = corners[int(rng.integers(len(corners)))] + self._jitter(rng)
+        case = self._cases[int(rng.integers(len(self._cases)))]
+        corner = case.corners[int(rng.integers(len(case.corners)))] + self._jitter(rng)
         flips = rng.integers(2, size=3).astype(bool) if self._flips else np.zeros(3, dtype=bool)
+        # flips of both axes are half turns already: a quarter turn or none gives all eight positions
+        turns = int(rng.integers(2 if self._flips else 4)) if self._turns else 0
         box = tuple(n + 2 * self._halo for n in self._size)
-        image, mask = self._read(path, corner - self._halo, box)
         steps = tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)
-        return Patch(np.ascontiguousarray(image[steps]), np.ascontiguousarray(mask[steps]), median)
+        views = (np.rot90(view[steps], turns, axes=(1, 2)) for view in self._read(case.path, corner - self._halo, box))
+        image, mask = (np.ascontiguousarray(view) for view in views)
+        return Patch(image, mask, case.lung_median_hu, case.limits_hu)
 
     def _jitter(self, rng: np.random.Generator) -> np.ndarray:
         """Up to a quarter patch, so that patches do not always meet tissue at the same phase of the table's grid."""
@@ -216,3 +243,9 @@ class PatchSource:
             return None
         self._cache[path] = (artefact.read("image"), artefact.read("mask"))
         return self._cache[path]
+
+
+def volume_limits(image_hu: np.ndarray) -> tuple[float, float]:
+    """Least and largest HU of a volume, at least one apart."""
+    low = float(image_hu.min())
+    return low, max(float(image_hu.max()), low + 1)

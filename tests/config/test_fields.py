@@ -120,12 +120,12 @@ def test_row_65_all_problems_and_conflicts_are_listed_at_once() -> None:
     text = problems(
         TrainConfig,
         {"patch_size": "30,96,96", "distill_full": 0.1, "distill_start": 0.2, "negative_similarity": 0.9,
-         "norm": "group", "base_width": 24, "teacher_window": 9},
+         "norm": "group", "base_width": 24, "teacher_windows": (9,)},
     )  # fmt: skip
     assert len(text.splitlines()) == 5
     for part in (
         "--patch-size (30, 96, 96) is not a multiple of the token size 8", "--distill-full lies before",
-        "--negative-similarity is above", "--norm group needs widths", "--teacher-window 9 cannot be centred",
+        "--negative-similarity is above", "--norm group needs widths", "--teacher-windows: 9 cannot be centred",
     ):  # fmt: skip
         assert part in text
 
@@ -134,7 +134,7 @@ def test_row_65_all_problems_and_conflicts_are_listed_at_once() -> None:
     ("cls", "values", "phrase"),
     [
         (TrainConfig, {"multipliers": ""}, "--multipliers is empty"),
-        (TrainConfig, {"teacher_window": 4}, "smaller than a token of 8"),
+        (TrainConfig, {"teacher_windows": (4,)}, "smaller than a token of 8"),
         (ClusterConfig, {"timesteps": []}, "--timesteps is empty"),
         (ClusterConfig, {"name": "a/b"}, "use letters, digits"),
         (ClusterConfig, {"name": ""}, "use letters, digits"),

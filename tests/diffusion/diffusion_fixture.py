@@ -56,7 +56,9 @@ def tiny_config(**values) -> TrainConfig:
         "distill_levels": 1.0,
         "low_noise_share": 0.0,
         "tokens_per_patch": 4,
-        "teacher_window": 8,
+        "teacher_windows": (8,),
+        "collapse_weight": 0.0,
+        "axial_turns": False,
         "mcc": False,
         "seed": 3,
     }
@@ -92,6 +94,8 @@ def patch_source(volumes: list[Path], config: TrainConfig, *, halo: int, cache_b
         seed=config.seed,
         flips=config.flips,
         cache_bytes=cache_bytes,
+        turns=config.axial_turns,
+        limits=config.hu_window == "8-bit",
     )
 
 

@@ -319,3 +319,23 @@ def test_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert load_training_state(tmp_path / "c.pt") == {"images": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_models_written_before_there_were_several_windows_are_read(tmp_path):
+    """The settings of the first version: what is new takes the value that means what was done then."""
+    student = _saved(tmp_path / "m")
+    header = _header(tmp_path / "m")
+    new = (
+        "snr_gamma", "zero_terminal", "axial_turns", "hu_offset", "hu_noise", "hu_blur", "held_out", "held_out_images",
+        "accumulate", "weight_decay", "positive_sigma", "queue_size", "collapse_weight", "rank_floor",
+        "detach_bottleneck", "teacher_windows", "teacher_view", "preview_images", "tensorboard",
+    )  # fmt: skip
+    for key in new:
+        del header["config"][key]
+    header["config"]["teacher_window"] = 16
+    _rewrite(tmp_path / "m", metadata=header)
+    loaded = load_student(tmp_path / "m")
+    assert loaded.config.teacher_windows == (16,)
+    assert not loaded.config.axial_turns
+    assert torch.equal(loaded.schedule.alpha_bar, student.schedule.alpha_bar)
+    assert loaded.embedding == student.embedding == 16

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 
 from lungseg.diffusion.distillation import (
     HIDDEN_TEACHER,
+    DescriptorQueue,
     StudentHead,
     TeacherHead,
     contrastive_loss,
     descriptor_similarity,
-    gather_rows,
+    soft_positives,
     warmup_weight,
 )
+from lungseg.diffusion.gather import gather_rows
 
 MODES = pytest.mark.parametrize("contrast", ["grey-zone", "threshold", "diagonal"])
 
@@ -278,3 +280,66 @@ def test_gather_over_two_processes_equals_one(tmp_path):
     # each rank's loss is the mean over its own half of the anchors, so the gradients average to the single one
     for name, whole in (("student", z_student.grad), ("teacher", z_teacher.grad)):
         torch.testing.assert_close(torch.cat([part[name] for part in parts]) / 2, whole, rtol=1e-5, atol=1e-8)
+
+
+# --- soft positives and the queue (METHOD 7.4) ---
+
+
+def test_soft_positives_equal_their_definition_and_forgive_nan():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 34, generator=generator), torch.randn(7, 34, generator=generator)
+    expected = torch.exp(-torch.cdist(a.double(), b.double()).square() / (2 * 0.8**2))
+    torch.testing.assert_close(soft_positives(a, b, sigma=0.8), expected.float(), rtol=1e-3, atol=1e-7)
+    assert soft_positives(a, a, sigma=0.1).diagonal().tolist() == pytest.approx([1.0] * 5, abs=1e-3)
+    a[2] = torch.nan
+    assert soft_positives(a, b, sigma=0.8).isfinite().all()
+
+
+def test_soft_contrast_equals_the_double_loop():
+    z_student, z_teacher, _, own, valid = _problem()
+    weights = torch.rand(7, 11, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    losses, mass = [], []
+    for i in range(7):
+        if not valid[own[i]]:
+            continue
+        logits = {j: float(z_student[i] @ z_teacher[j]) / 0.07 for j in range(11) if valid[j]}
+        log_total = math.log(sum(math.exp(v) for v in logits.values()))
+        w = {j: 1.0 if j == own[i] else float(weights[i, j]) for j in logits}
+        losses.append(-sum(w[j] * (logits[j] - log_total) for j in logits) / sum(w.values()))
+        mass.append(sum(w.values()))
+    result = contrastive_loss(z_student, z_teacher, weights, own, valid, temperature=0.07, contrast="soft")
+    assert result.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert result.mean_positives.item() == pytest.approx(sum(mass) / len(mass), rel=1e-5)
+
+
+def test_soft_contrast_of_far_pairs_is_the_diagonal():
+    z_student, z_teacher, similarity, own, valid = _problem()
+    far = contrastive_loss(
+        z_student, z_teacher, torch.zeros_like(similarity), own, valid, temperature=0.07, contrast="soft"
+    )
+    own_only = contrastive_loss(z_student, z_teacher, similarity, own, valid, temperature=0.07, contrast="diagonal")
+    assert far.loss.item() == pytest.approx(own_only.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("pushes", [(3,), (3, 4), (3, 4, 5), (10, 2), (25,), (1,) * 23])
+def test_queue_keeps_the_rows_pushed_last(pushes):
+    queue, pushed, number = DescriptorQueue(10, 2), [], 0
+    for count in pushes:
+        rows = torch.arange(number, number + count, dtype=torch.float32)[:, None].expand(count, 2)
+        queue.push(rows)
+        pushed += rows[:, 0].tolist()
+        number += count
+        assert sorted(queue.rows[:, 0].tolist()) == pushed[-10:]
+
+
+def test_queue_goes_on_from_its_state_and_may_be_empty():
+    queue, copy = DescriptorQueue(10, 2), DescriptorQueue(10, 2)
+    queue.push(torch.randn(13, 2))
+    copy.load_state_dict(queue.state_dict())
+    more = torch.randn(4, 2)
+    queue.push(more)
+    copy.push(more)
+    assert torch.equal(queue.rows, copy.rows)
+    none = DescriptorQueue(0, 2)
+    none.push(torch.randn(5, 2))
+    assert none.rows.shape == (0, 2)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from lungseg.diffusion.normalisation import HU_WINDOWS, HuWindow
 from lungseg.errors import MismatchError
 
-WINDOWS = pytest.mark.parametrize("window", HU_WINDOWS.values(), ids=HU_WINDOWS)
+EXACT = {name: window for name, window in HU_WINDOWS.items() if not window.per_volume}
+WINDOWS = pytest.mark.parametrize("window", EXACT.values(), ids=EXACT)
 
 
 def _integers(window):
@@ -105,3 +107,32 @@ def test_bad_knots_are_refused(change):
 def test_missing_knots_are_refused():
     with pytest.raises(MismatchError, match="HU window"):
         HuWindow.from_dict({"name": "companded"})
+
+
+def test_8_bit_input_is_the_minimum_to_maximum_of_each_volume_in_256_steps():
+    """METHOD 1.7: per-volume min-max, uint8, [-1, 1]; HU cannot be had back."""
+    window = HU_WINDOWS["8-bit"]
+    volumes = torch.tensor([[-1024, -850, 200, 976], [-500, -400, -300, -245]], dtype=torch.int16)
+    limits = torch.tensor([[-1024.0, 976.0], [-500.0, -245.0]])
+    x = window.normalise(volumes, limits)
+    expected = [np.rint((v - v.min()) / (v.max() - v.min()) * 255) / 127.5 - 1 for v in volumes.numpy().astype(float)]
+    np.testing.assert_allclose(x.numpy(), np.stack(expected), atol=1e-6)
+    assert x[1].tolist() == pytest.approx([-1, 100 / 127.5 - 1, 200 / 127.5 - 1, 1])
+    with pytest.raises(MismatchError, match="of_volume"):
+        window.normalise(volumes)
+    with pytest.raises(MismatchError, match="forgotten HU"):
+        window.denormalise(x)
+    # the way of inference: one volume at a time, windows of it cut anywhere
+    for volume, row in zip(volumes, x, strict=True):
+        own = window.of_volume(volume.numpy())
+        assert torch.equal(own.normalise(volume), row)
+        assert torch.equal(own.normalise(volume[1:3]), row[1:3])
+        assert own.levels == 256
+    assert HU_WINDOWS["companded"].of_volume(volumes.numpy()) is HU_WINDOWS["companded"]
+    assert HuWindow.from_dict(json.loads(json.dumps(window.to_dict()))) == window
+
+
+def test_windows_of_older_models_are_read():
+    plain = HU_WINDOWS["companded"].to_dict()
+    assert set(plain) == {"name", "knots_hu", "knots_norm"}
+    assert HuWindow.from_dict(plain) == HU_WINDOWS["companded"]

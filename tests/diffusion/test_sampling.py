@@ -221,3 +221,18 @@ def test_impossible_numbers_of_steps_are_refused(steps):
     schedule = make_schedule("cosine", 250)
     with pytest.raises(UsageError, match=rf"--steps {steps}: this model's diffusion has 250 steps; give 2 to 250"):
         sample_dpm_solver(lambda x, t: x, schedule, torch.zeros(1), steps=steps)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver"])
+def test_zero_terminal_schedules_draw_the_data_and_stay_finite(sampler):
+    """The first step starts from a signal of exactly zero: half log SNR is minus infinity there."""
+    schedule = make_schedule("cosine", 250, zero_terminal=True)
+    predict = _gaussian(schedule)
+    if sampler == "ddpm":
+        generator = torch.Generator().manual_seed(0)
+        x = sample_ddpm(predict, schedule, lambda t: torch.randn(20_000, generator=generator), clamp=None)
+    else:
+        x = sample_dpm_solver(predict, schedule, _start(), steps=60, clamp=None)
+    assert x.isfinite().all()
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.015)
+    assert x.std().item() == pytest.approx(SD, rel=0.03)

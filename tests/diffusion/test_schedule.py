@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.schedule import make_schedule
 from lungseg.errors import UsageError
 
@@ -127,3 +128,70 @@ def test_targets_by_definition():
     assert schedule.target(x_0, eps, t, "x0") is x_0
     v = schedule.target(x_0, eps, t, "v").item()
     assert v == pytest.approx(-3 * math.sqrt(a) - 2 * math.sqrt(1 - a), rel=1e-6)
+
+
+# --- zero terminal SNR, min-SNR, posteriors ---
+
+
+@pytest.mark.parametrize(("name", "num_steps"), [("cosine", 250), ("linear", 1000)])
+def test_zero_terminal_ends_in_pure_noise_and_keeps_the_first_step(name, num_steps):
+    plain, rescaled = make_schedule(name, num_steps), make_schedule(name, num_steps, zero_terminal=True)
+    assert rescaled.zero_terminal
+    assert not plain.zero_terminal
+    assert rescaled.alpha_bar[0] == 1
+    assert rescaled.alpha_bar[-1] == 0
+    assert rescaled.alpha_bar[1].item() == pytest.approx(plain.alpha_bar[1].item(), rel=1e-12)
+    assert (rescaled.alpha_bar.diff() < 0).all()
+
+
+def test_zero_terminal_equals_diffusers():
+    ours = make_schedule("linear", 1000, zero_terminal=True).alpha_bar[1:]
+    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True).alphas_cumprod
+    # diffusers goes back to betas and forth in float32, and its last signal is not exactly 0
+    torch.testing.assert_close(ours, theirs.double(), rtol=2e-3, atol=1e-6)
+
+
+def test_zero_terminal_refuses_to_predict_noise():
+    for prediction, refused in (("eps", True), ("v", False), ("x0", False)):
+        problems = TrainConfig(zero_terminal=True, prediction=prediction).check()
+        assert any("--zero-terminal with --prediction eps" in text for text in problems) == refused
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_min_snr_weighs_the_error_of_x_0_by_the_capped_snr(prediction):
+    """An error of the output is one of x_0 by ``to_x_0``; the weight must be min(SNR, 5) times its square."""
+    schedule, t = make_schedule("cosine", 250), torch.tensor([1, 10, 60, 125, 200, 249])
+    weight = schedule.loss_weight(t, prediction, 5.0)
+    x_t, output = torch.zeros(6, 1, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.float64)
+    moved = schedule.to_x_0(x_t, output + 1e-3, t, prediction) - schedule.to_x_0(x_t, output, t, prediction)
+    in_x_0 = (moved[:, 0] / 1e-3).square()  # squared error of x_0 of a unit error of the output
+    torch.testing.assert_close(weight, schedule.snr(t).clamp(max=5.0) * in_x_0, rtol=1e-9, atol=0)
+    assert schedule.loss_weight(torch.tensor([0]), prediction, 5.0).item() == 0
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_min_snr_still_teaches_the_last_step_of_zero_terminal(prediction):
+    weight = make_schedule("cosine", 250, zero_terminal=True).loss_weight(torch.tensor([250, 240]), prediction, 5.0)
+    assert weight.tolist() == pytest.approx([1.0, 1.0], rel=0.02)
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("t", [1, 2, 57, 249, 250])
+def test_posterior_equals_bayes_rule(t, zero_terminal):
+    """q(x_{t-1} | x_t, x_0) on a fine grid of x_{t-1}: prior q(x_{t-1} | x_0) times q(x_t | x_{t-1})."""
+    schedule = make_schedule("cosine", 250, zero_terminal=zero_terminal)
+    x_0, x_t = torch.tensor(0.4, dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
+    mean, variance = schedule.posterior(x_0, x_t, t)
+    before, now = schedule.alpha_bar[t - 1], schedule.alpha_bar[t]
+    if t == 1:  # x_0 itself
+        assert mean.item() == pytest.approx(0.4)
+        assert variance == 0
+        return
+    grid = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
+    alpha = now / before
+    log_density = -((grid - before.sqrt() * x_0) ** 2) / (2 * (1 - before))
+    log_density -= (x_t - alpha.sqrt() * grid) ** 2 / (2 * (1 - alpha))
+    share = torch.softmax(log_density, dim=0)
+    expected = (share * grid).sum()
+    assert mean.item() == pytest.approx(expected.item(), abs=2e-4)
+    assert variance == pytest.approx((share * (grid - expected) ** 2).sum().item(), abs=2e-4)

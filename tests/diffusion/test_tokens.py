@@ -140,3 +140,25 @@ def test_mask_and_noise_level_matter():
     assert np.abs(base - _encode(student, (volume_hu, np.ones_like(masks), corners), (20,))).max() > 1e-3
     assert np.abs(base - _encode(student, (volume_hu, masks, corners), (21,))).max() > 1e-3
     assert np.abs(base - _encode(student, (volume_hu, masks, corners), (20,), seed=6)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "width"),
+    [({}, 16), ({"distill": "none"}, 32), ({"distill_weight": 0.0, "regression_weight": 0.0}, 32),
+     ({"distill_weight": 0.0, "regression_weight": 1.0}, 32)],
+)  # fmt: skip
+def test_descriptors_never_come_from_weights_that_were_not_trained(values, width):
+    """METHOD 1.7: without distillation the clustering is of the bottleneck itself."""
+    student = tiny_student(base_width=16, **values)
+    tokens = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    found = student.embed(tokens)
+    assert found.shape == (5, width)
+    assert student.embedding == width
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
+    if values.get("regression_weight") == 1.0:
+        expected = torch.nn.functional.normalize(student.head.hidden(tokens), dim=1)
+    elif values:
+        expected = torch.nn.functional.normalize(tokens, dim=1)
+    else:
+        expected = student.head(tokens)[0]
+    torch.testing.assert_close(found, expected)

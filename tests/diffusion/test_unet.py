@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -12,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lungseg.config.presets import make_config
 from lungseg.config.train_ddpm import TrainConfig
+from lungseg.diffusion.attention import Attention
 from lungseg.diffusion.checkpoint import unet_spec
-from lungseg.diffusion.unet import Attention, ChannelNorm, ResidualBlock, UNet, UNetSpec, fold, unfold
+from lungseg.diffusion.layers import ChannelNorm, ResidualBlock, convolution, fold, norm_silu, unfold
+from lungseg.diffusion.unet import UNet, UNetSpec
+from lungseg.errors import MismatchError, UsageError
 
 PAPER = UNetSpec(base_width=64, multipliers=(1, 2, 3, 4), norm="group")
 SMALL = UNetSpec(base_width=8, multipliers=(1, 2))
@@ -199,6 +204,216 @@ def test_residual_block_equals_its_formula():
     h = block.conv_in(silu(block.norm_in(x))) + (silu(time) @ block.time.weight.T + block.time.bias).view(2, 6, 1, 1, 1)
     expected = block.skip(x) + block.conv_out(silu(block.norm_out(h)))
     torch.testing.assert_close(block(x, time), expected, rtol=1e-5, atol=1e-5)
+
+
+def _attend_by_hand(layer, tokens):
+    """One head over the rows of tokens (L, C), from the definition."""
+    q, k, v = (layer.norm(tokens.T[None])[0].T @ layer.qkv.weight[:, :, 0].T + layer.qkv.bias).chunk(3, dim=1)
+    mixed = ((q @ k.T) / math.sqrt(q.shape[1])).softmax(1) @ v
+    return tokens + mixed @ layer.project.weight[:, :, 0].T + layer.project.bias
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (4, 6, 8), (5, 7, 9), (2, 6, 9)])
+def test_attention_stays_within_its_windows(shape):
+    window = (2, 3, 4)
+    layer = Attention(6, "channel", window).requires_grad_(False)
+    randomise(layer)
+    x = torch.randn(2, 6, *shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.empty_like(x)
+    for corner in itertools.product(*[range(0, n, w) for n, w in zip(shape, window, strict=True)]):
+        part = tuple(slice(c, c + w) for c, w in zip(corner, window, strict=True))
+        for n in range(2):
+            region = x[n][:, *part]
+            rows = _attend_by_hand(layer, region.flatten(1).T)
+            expected[n][:, *part] = rows.T.view(region.shape)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_of_one_window_gives_what_it_gives_without_windows():
+    spec = UNetSpec(base_width=8, multipliers=(1, 2), stem=2)
+    whole, windowed = _random_unet(spec), _random_unet(dataclasses.replace(spec, attention_window=(2, 4, 4)))
+    x, t = _inputs()
+    assert torch.equal(whole(x, t)[0], windowed(x, t)[0])
+    larger, _ = _inputs((16, 16, 16))
+    assert not torch.allclose(whole(larger, t)[1], windowed(larger, t)[1], atol=1e-3)
+
+
+def test_training_presets_attend_in_windows_of_one_patch_and_the_papers_to_the_patch():
+    for preset, window in (("lungseg", (4, 12, 12)), ("small", (4, 8, 8)), ("tiny", (4, 8, 8)), ("paper-text", None)):
+        spec = unet_spec(make_config(TrainConfig, preset=preset))
+        assert spec.attention_window == window
+        assert spec.is_local == (window is not None)
+
+
+@pytest.mark.parametrize("norm", ["channel", "group"])
+def test_two_dimensions(norm):
+    spec = UNetSpec(base_width=32, multipliers=(1, 2), stem=2, dims=2, norm=norm, in_channels=1, out_channels=3)
+    unet = UNet(spec)
+    randomise(unet)
+    x, t = torch.randn(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 40])
+    output, bottleneck = unet(x, t)
+    assert output.shape == (2, 3, 16, 24)
+    assert bottleneck.shape == (2, 64, 4, 6)
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
+
+
+def test_a_volume_of_one_plane_of_weights_is_the_two_dimensional_network():
+    # the middle plane of each kernel in a 2-D network gives what the 3-D one gives where nothing changes along z
+    spec = UNetSpec(base_width=8, multipliers=(1, 2))
+    solid = _random_unet(spec)
+    flat = UNet(dataclasses.replace(spec, dims=2)).requires_grad_(False)
+    state = {name: w.sum(2) if w.ndim == 5 else w for name, w in solid.state_dict().items()}
+    flat.load_state_dict(state)
+    plane, t = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([7])
+    tall = plane[:, :, None].expand(-1, -1, 64, -1, -1)
+    # zeros beyond the top and the bottom are felt 20 planes deep; attention mixes all planes: leave it out
+    solid.middle[1] = flat.middle[1] = nn.Identity()
+    torch.testing.assert_close(solid(tall, t)[0][:, :, 32], flat(plane, t)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_condition_channels_matter_and_must_be_given():
+    spec = UNetSpec(base_width=8, multipliers=(1, 2), condition_channels=3)
+    unet = _random_unet(spec)
+    x, t = _inputs()
+    condition = torch.randn(2, 3, 8, 16, 16, generator=torch.Generator().manual_seed(5))
+    joined = _random_unet(dataclasses.replace(spec, in_channels=5, condition_channels=0))
+    assert torch.equal(unet(x, t, condition)[0], joined(torch.cat([x, condition], 1), t)[0])
+    assert not torch.allclose(unet(x, t, condition)[0], unet(x, t, 0 * condition)[0], atol=1e-3)
+    with pytest.raises(MismatchError, match="takes 5 channels"):
+        unet(x, t)
+
+
+def test_input_must_fit_the_token_size():
+    with pytest.raises(MismatchError, match="multiples of 2"):
+        UNet(SMALL)(torch.zeros(1, 2, 8, 9, 8), torch.tensor([1]))
+
+
+def test_named_blocks_and_no_deeper_than_asked():
+    spec = UNetSpec(base_width=8, multipliers=(1, 2), encoder_blocks=2)
+    unet = _random_unet(spec)
+    x, t = _inputs()
+    names = ("encoder.0.0", "encoder.0.1", "encoder.1.0", "encoder.1.1", "middle")
+    decoder = ("decoder.1.0", "decoder.1.1", "decoder.1.2", "decoder.0.0", "decoder.0.1", "decoder.0.2")
+    assert spec.block_names == names + decoder
+    every = unet.activations(x, t, [*spec.block_names, "output"])
+    output, bottleneck = unet(x, t)
+    assert torch.equal(every["middle"], bottleneck)
+    assert torch.equal(every["output"], output)
+    for name in spec.block_names:
+        size = spec.voxels_per_cell(name)
+        assert every[name].shape[2:] == (8 // size, 16 // size, 16 // size)
+        assert torch.equal(unet.activations(x, t, [name])[name], every[name])
+    costs = []
+    for name in spec.block_names:
+        with FlopCounterMode(display=False) as counted:
+            unet.activations(x, t, [name])
+        costs.append(counted.get_total_flops())
+    assert costs == sorted(set(costs))
+    with pytest.raises(UsageError, match=r"no block encoder\.9\.0; this network has encoder\.0\.0"):
+        unet.activations(x, t, ["encoder.9.0"])
+
+
+@pytest.mark.parametrize("norm", ["channel", "group"])
+def test_gradient_checkpointing_gives_the_same_gradients(norm):
+    unet = UNet(UNetSpec(base_width=32, multipliers=(1, 2), stem=2, norm=norm))
+    randomise(unet)
+    x, t = _inputs()
+    gradients = []
+    for wanted in (False, True):
+        unet.gradient_checkpointing = wanted
+        unet.zero_grad()
+        output, bottleneck = unet(x, t)
+        (output.square().mean() + bottleneck.mean()).backward()
+        gradients.append({name: p.grad.clone() for name, p in unet.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_gradient_checkpointing_keeps_less():
+    unet = UNet(UNetSpec(base_width=8, multipliers=(1, 2), stem=2))
+    kept = []
+    for wanted in (False, True):
+        unet.gradient_checkpointing = wanted
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            unet(*_inputs())
+        kept.append(sum(sizes))
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_fused_norm_and_silu_equal_their_formula():
+    norm = ChannelNorm(6).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(6, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 6, 2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    expected = nn.functional.silu(norm(x))
+    torch.testing.assert_close(norm_silu(norm, x), expected)
+    torch.testing.assert_close(norm_silu(norm, x.float()).double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda y, w: norm_silu(norm, y), (x, norm.weight))
+    assert norm_silu(norm, torch.zeros_like(x)).abs().max() == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_convolution_of_a_single_patch_equals_torch(dims, stride):
+    # a batch of one takes another path on a CPU
+    generator = torch.Generator().manual_seed(0)
+    layer = convolution(dims, 4, 6, stride=stride)
+    x = torch.randn(1, 4, *[8] * dims, generator=generator, requires_grad=True)
+    plain = {2: nn.functional.conv2d, 3: nn.functional.conv3d}[dims]
+    results = [layer(x), plain(x, layer.weight, layer.bias, stride=stride, padding=1)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias)) for y in results]
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_feature_map_has_its_channels_last():
+    # one map in another layout is copied at every convolution after it
+    unet = UNet(UNetSpec(base_width=8, multipliers=(1, 2, 2), stem=2))
+    layouts = {}
+
+    def look(name):
+        def hook(module, inputs, output):
+            layouts[name] = output.is_contiguous(memory_format=torch.channels_last_3d)
+
+        return hook
+
+    for name, module in unet.named_modules():
+        if isinstance(module, (ResidualBlock, nn.Conv3d, Attention)) and not name.endswith("skip"):
+            module.register_forward_hook(look(name))
+    x, t = _inputs((16, 16, 16))
+    unet(x, t)
+    assert len(layouts) > 20
+    assert [name for name, last in layouts.items() if not last] == []
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in unet.parameters() if p.ndim == 5)
+
+
+def test_bf16_autocast_is_close_and_finite():
+    unet = _random_unet(UNetSpec(base_width=16, multipliers=(1, 2), stem=2))
+    x, t = _inputs()
+    expected = unet(x, t)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = unet(x, t)[0]
+    assert output.isfinite().all()
+    assert (output - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives():
+    unet = _random_unet(UNetSpec(base_width=16, multipliers=(1, 2), stem=2, attention_window=(2, 4, 4)))
+    x, t = _inputs((16, 16, 16))
+    expected = unet(x, t)
+    found = unet.cuda()(x.cuda(), t.cuda())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-2)  # TF32 convolutions
 
 
 def test_time_embedding_equals_its_formula():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import multiprocessing
+import os
+import signal
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -452,3 +455,25 @@ def test_written_header_equals_simpleitk(tmp_path: Path, axes, flips) -> None:
         image = sitk.ReadImage(str(tmp_path / name))
         assert np.allclose(np.reshape(image.GetDirection(), (3, 3)), wanted, atol=1e-5)
         assert np.allclose(image.GetOrigin(), sform[:, 3] * (-1, -1, 1), atol=1e-3)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    """A partial file goes with its process; one of a process that lives stays, and so does that of another image."""
+    grid, array = Geometry((4, 5, 6), (1.0, 1.0, 1.0)), np.zeros((4, 5, 6), np.uint8)
+    for name in ("a.nii.gz", "b.nii.gz"):
+        child = multiprocessing.get_context("spawn").Process(target=_die_while_writing, args=(tmp_path / name,))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.partial"))) == 2
+    write_image(tmp_path / "a.nii.gz", array, grid)
+    (of_b,) = tmp_path.glob(".*.partial")
+    of_parent = of_b.with_name(f"{of_b.name.rsplit('.', 2)[0]}.{os.getppid()}.partial")
+    of_parent.write_bytes(b"")
+    write_image(tmp_path / "b.nii.gz", array, grid)
+    assert list(tmp_path.glob(".*.partial")) == [of_parent]
+
+
+def _die_while_writing(path: Path) -> None:
+    Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
+    write_image(path, np.zeros((4, 5, 6), np.uint8), Geometry((4, 5, 6), (1.0, 1.0, 1.0)))

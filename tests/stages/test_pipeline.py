@@ -29,9 +29,10 @@ from lungseg.diffusion.checkpoint import load_student
 from lungseg.errors import InputError, MismatchError, PartialError, UsageError
 from lungseg.scan.nifti import read_image
 from lungseg.scan.sources import find_sources
-from lungseg.stages.cluster import cluster, load_fit
+from lungseg.stages.cluster import cluster
 from lungseg.stages.evaluate import evaluate
 from lungseg.stages.extract_radiomics import extract_radiomics
+from lungseg.stages.fits import load_fit
 from lungseg.stages.preprocess import preprocess
 from lungseg.stages.refine import refine
 from lungseg.stages.synthesize import synthesize

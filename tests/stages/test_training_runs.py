@@ -23,7 +23,7 @@ from lungseg.diffusion.checkpoint import read_model_file
 from lungseg.errors import InputError, Interrupted, MismatchError, PartialError, ResourceError
 from lungseg.radiomics.descriptor import DESCRIPTOR_VERSION
 from lungseg.stages import launch as launching
-from lungseg.stages import train_ddpm as training
+from lungseg.stages import training_loop as training
 from lungseg.stages.extract_radiomics import extract_radiomics, find_training_cases, training_cases
 from lungseg.stages.train_ddpm import train_ddpm
 from lungseg.store.atomic import read_json, write_json
@@ -228,7 +228,7 @@ def _die(worker: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_loader_process_is_lack_of_a_resource(
+def test_row_55_killed_loader_process_is_lack_of_a_resource(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_ignore_signals", _die)
@@ -331,7 +331,7 @@ def _wait_for_checkpoint(output: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to_group", [False, True], ids=["launcher", "group"])
-def test_sigterm_to_several_processes_saves_and_resumes(
+def test_row_59_sigterm_to_several_processes_saves_and_resumes(
     finished: Path, tmp_path: Path, long_settings: Path, to_group: bool
 ) -> None:
     """``kill`` reaches the launcher alone; SLURM and Ctrl-C reach every process, loaders included."""
@@ -392,7 +392,7 @@ def test_damaged_data_met_by_one_of_two_processes_is_reported(copy: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_process_is_lack_of_a_resource(finished: Path, tmp_path: Path, long_settings: Path) -> None:
+def test_row_56_killed_process_is_lack_of_a_resource(finished: Path, tmp_path: Path, long_settings: Path) -> None:
     output = tmp_path / "two"
     command = _command(finished, output, long_settings, "--gpus", "2")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tiny_store import PATCH, add_case, make_store, volume_datasets, volume_provenance
 
-from lungseg.errors import InputError
+from lungseg.errors import InputError, UsageError
 from lungseg.scan.volume import AIR_HU
 from lungseg.store.patches import PatchSource, grid_corners, mask_fractions, patch_table, read_box
 from lungseg.store.schema import write_artefact
@@ -292,3 +292,44 @@ def test_row_45_store_without_patches(tmp_path: Path) -> None:
         source([empty])
     assert caught.value.exit_code == 3
     assert len(source([empty, store.case_file("case-0", "volume")])) == 1
+
+
+def test_turned_patches_are_turned_in_the_axial_plane_alone(tmp_path: Path) -> None:
+    """All eight positions of a square come up, equally often, and nothing else of the image changes."""
+    path, _ = coded_volume(tmp_path, (20, 24, 24))
+
+    def patches(flips: bool, turns: bool) -> PatchSource:
+        return PatchSource([path], size=(4, 8, 8), halo=1, seed=1, flips=flips, turns=turns, cache_bytes=2**20)
+
+    for flips, positions in ((False, 4), (True, 8)):
+        seen = []
+        for index in range(240):
+            plain = patches(False, False).read(index)
+            moved = patches(flips, True).read(index)
+            views = [plain.volume_hu, plain.volume_hu[::-1]] if flips else [plain.volume_hu]
+            matches = [
+                (turn, mirrored)
+                for view in views
+                for turn in range(4)
+                for mirrored in range(2 if flips else 1)
+                if np.array_equal(np.rot90(view[:, ::-1] if mirrored else view, turn, axes=(1, 2)), moved.volume_hu)
+            ]
+            assert len(matches) == 1
+            seen.append(matches[0])
+            assert moved.volume_hu.flags.c_contiguous
+        counts = np.unique(seen, axis=0, return_counts=True)[1]
+        assert len(counts) == positions
+        assert np.abs(counts - 240 / positions).max() < 5 * np.sqrt(240 / positions)
+
+
+def test_patches_that_are_not_square_are_not_turned(volumes: list[Path]) -> None:
+    with pytest.raises(UsageError, match="not square"):
+        PatchSource(volumes, size=(8, 8, 16), halo=0, seed=1, flips=True, turns=True, cache_bytes=0)
+
+
+def test_limits_are_those_of_the_whole_volume(tmp_path: Path) -> None:
+    path, _ = coded_volume(tmp_path, (20, 24, 24))
+    patches = PatchSource([path], size=(8, 8, 8), halo=0, seed=1, flips=True, limits=True, cache_bytes=0)
+    assert {patches.read(i).limits_hu for i in range(5)} == {(0.0, 20.0 * 24 * 24 - 1)}
+    without = PatchSource([path], size=(8, 8, 8), halo=0, seed=1, flips=True, cache_bytes=0)
+    assert without.read(0).limits_hu is None
