@@ -73,8 +73,9 @@ def compile_network(
         raise
     except Exception as error:  # compilers fail in too many ways to name; eager mode computes the same
         del network.forward  # back to the method of the class
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("the network cannot be compiled (%s: %s); going on without", type(error).__name__, reason[0])
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        log.warning("the network cannot be compiled (%s: %s); going on without", type(error).__name__, reason)
         return False
     finally:
         network.zero_grad(set_to_none=True)

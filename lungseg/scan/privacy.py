@@ -23,7 +23,7 @@ _WORDS = """
     files filled first folder folders for frame frames from gantry gap gaps geometry give given grid gz has head
     header headers hold holds home hospital hrct image images img input inspiration instead interpolated
     interpolation into invalid its jpeg kept kernel label labels lack lacks large least left lies line list listed
-    lists lobe lobes localizer location looked lung lungmask lungmask-lobes lungs lungseg made manifest mask masks
+    lists lobe lobes localizer location looked lung lungmask lungmask-lobes lungs lungseg made main manifest mask masks
     matrix media member mha mhd millimetres missing mnt modality more most multi-frame name names nan narrow needed
     needs neither nifti nii none not note nrrd number numbers oblique old once one only open opened opt option
     options orientation orientations origin original other others out output outside padding page part parts patch
