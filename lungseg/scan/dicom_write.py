@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import locale
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +121,21 @@ def write_dicom_series(
         files.append(folder / f"{k:03d}.dcm")
         writer.SetFileName(str(files[-1]))
         try:
-            writer.Execute(image)
+            with _kept_locale():
+                writer.Execute(image)
         except RuntimeError as error:
             raise ResourceError(f"{files[-1]}: could not be written; is the disk full?") from error
     return files
+
+
+@contextmanager
+def _kept_locale() -> Iterator[None]:
+    """Undo what the writer does to the process: it leaves the locale `C`, and text files would be read as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def _uid(role: str, seed: str) -> str:

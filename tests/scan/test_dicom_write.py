@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import locale
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def phantom(shape: tuple[int, int, int] = (8, 40, 36)) -> Volume:
     array = chest(shape)
     array[0, 0, 0], array[0, 0, 1] = -1024, 3071
     return Volume(array, Geometry(shape, (3.0, 0.7, 0.65), (-200.123456, -130.5, -120.0)))
+
+
+def test_writing_leaves_the_locale_of_the_process(tmp_path: Path) -> None:
+    """GDCM sets it to `C`: everything read as text afterwards would be taken for ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    write_dicom_series(tmp_path / "one", phantom(), patient_id="P1", series_seed="seed 7")
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 @pytest.mark.parametrize("compress", [True, False])
