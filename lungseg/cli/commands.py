@@ -88,6 +88,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             _STORE,
             _output("Folder of the training run."),
+            _JSON,
         ),
         TrainConfig,
         (
@@ -104,10 +105,12 @@ COMMANDS: tuple[Command, ...] = (
         (
             PathOption("model", "Training run, or its model.safetensors.", required=True),
             _output("Store of the patches."),
+            PathOption("real", "Patch store of real scans, shown beside the drawn patches.", ("--real",)),
+            _JSON,
         ),
         SynthesizeConfig,
         (
-            "lungseg synthesize run -o synthetic -n 64",
+            "lungseg synthesize run -o synthetic -n 64 --real cohort",
             "lungseg synthesize model.safetensors -o synthetic -n 1000 --sampler ddpm --device cuda",
         ),
         ("device", "overwrite", "dry_run", *_SAYING),
@@ -138,6 +141,7 @@ COMMANDS: tuple[Command, ...] = (
                 "bundle", "Also write model and fit into this one file, for `lungseg run --model`.", ("--bundle",)
             ),
             PathOption("fit_only", "Fit and stop; do not apply to the cases.", ("--fit-only",), switch=True),
+            _JSON,
         ),
         ClusterConfig,
         (
@@ -183,6 +187,7 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("patients", "CSV with columns case and patient, for folders.", ("--patients",)),
             PathOption("images", "Folder of CT scans named like the cases, for pictures.", ("--images",)),
             _output("Folder of the tables and pictures."),
+            _JSON,
         ),
         EvaluateConfig,
         (
