@@ -204,10 +204,17 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("results", "Patch store with label maps, or output folder of `lungseg run`.", required=True),
             _output("Folder of the pages."),
             _LOBES,
+            PathOption("scores", "Output folder of `lungseg evaluate`: scores beside the numbers.", ("--scores",)),
+            PathOption(
+                "pictures",
+                "Training run, fits/<name> or store of `synthesize` whose pictures are shown; repeatable.",
+                ("--pictures",),
+                many=True,
+            ),
             _JSON,
         ),
         ReportConfig,
-        ("lungseg report cohort -o report", "lungseg report out -o report --num-slices 96"),
+        ("lungseg report cohort -o report", "lungseg report cohort -o report --scores scores --pictures run"),
         ("jobs", "dry_run", *_SAYING),
     ),
     Command(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lungseg.report.agreement import Agreement
 from lungseg.report.quantify import UNCLASSIFIED_NAME, QuantityRow
 from lungseg.report.quantity_tables import CaseQuantities
 from lungseg.scan.volume import STATUS_WORDS
@@ -36,6 +37,8 @@ class CaseSummary:
     """Lung whose label has a posterior below one half; None if it is not known."""
     page: str = ""
     """Address of its own page, relative to the cohort's."""
+    agreement: Agreement | None = None
+    """Scores against a reference, if it was evaluated."""
     numbers: Mapping[tuple[str, str], QuantityRow] = field(init=False)
     """Rows by region and metric."""
 
@@ -88,6 +91,26 @@ class CaseSummary:
         return f"{abnormal:.0f} % of the lung is abnormal: {', '.join(named)}."
 
     @property
+    def why(self) -> str:
+        """Why it has its place among the scans, in one phrase: which number, what it scored, which caution."""
+        affected, missed = self.affected_pct, self.missed_emphysema_pct
+        if affected is None:
+            first = f"no number ({self.status('abnormal_pct')})"
+        elif missed is not None and affected == missed:
+            first = f"LAA-950 {missed:.0f} %, which the map misses"
+        else:
+            share, name = max((self.value(f"{name}_pct") or 0.0, name) for name in DISEASE)
+            first = f"{affected:.0f} % abnormal"
+            if share >= WORTH_NAMING_PCT:
+                first += f", most of it {TITLES[name].lower()}"
+        scored = self.agreement.finding if self.agreement else ""
+        cautions = self.cautions
+        caution = f"look out: {cautions[0]}" if cautions else ""
+        if len(cautions) > 1:
+            caution += f" (and {len(cautions) - 1} more)"
+        return "; ".join(text for text in (first, scored, caution) if text)
+
+    @property
     def acquisition(self) -> str:
         """How it was scanned, in a few words."""
         facts = self.quantities.covariates
@@ -134,12 +157,16 @@ def shares_table(summaries: Sequence[CaseSummary]) -> Any:
         ("volume_ml", "lung mL", 0), ("abnormal_pct", "abnormal %", 0), ("mld_hu", "mean HU", 0),
         ("laa950_pct", "LAA-950 %", 1),
     )  # fmt: skip
+    scored = any(summary.agreement for summary in summaries)
     table.add_column("case", overflow="fold")
-    for _, title, _ in columns:
+    for title in (*(title for _, title, _ in columns), *(("DSC", "HD95 mm") if scored else ())):
         table.add_column(title, justify="right")
-    table.add_column("finding", overflow="fold")
+    table.add_column("why it is here", overflow="fold")
     for summary in ranked(summaries):
         values = [(summary.value(metric), digits) for metric, _, digits in columns]
+        if scored:
+            found = summary.agreement or Agreement(())
+            values += [(found.dice, 2), (found.hd95_mm, 1)]
         cells = [f"{value:.{digits}f}" if value is not None else "-" for value, digits in values]
-        table.add_row(summary.case_id, *cells, summary.finding)
+        table.add_row(summary.case_id, *cells, summary.why)
     return table
