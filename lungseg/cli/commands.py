@@ -158,6 +158,12 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("export", "Write NIfTI on the scan's grid, numbers and PNG here.", ("--export",)),
             _LOBES,
             PathOption("dicom_seg", "Write <case_id>.seg.dcm too; needs --source.", ("--dicom-seg",), switch=True),
+            PathOption(
+                "dicom_sr",
+                "Write the numbers as <case_id>.sr.dcm; needs --dicom-seg.",
+                ("--dicom-sr",),
+                switch=True,
+            ),
             PathOption("source", "Folder with the DICOM series of the cases, for --dicom-seg.", ("--source",)),
             PathOption(
                 "posteriors", "Write the posterior of each tissue as NIfTI too.", ("--posteriors",), switch=True

@@ -36,7 +36,7 @@ def read_cases_csv(text: str, *, what: str) -> dict[str, list[ClassScore]]:
     missing = [name for name, optional in known.items() if not optional and name not in (reader.fieldnames or ())]
     if missing or "method" not in (reader.fieldnames or ()):
         raise InputError(
-            f"{what} is no table of scores: {', '.join(missing or ['method'])} missing; run evaluate again"
+            f"{what} is no table of scores: {', '.join(missing or ['method'])} missing; run lungseg evaluate again"
         )
     found: dict[str, list[ClassScore]] = {}
     for number, row in enumerate(reader):

@@ -149,8 +149,15 @@ def _figure(picture: Picture) -> Markup:
     image = void_tag("img", src=data_uri(picture.png, "png"), alt=picture.title, loading="lazy")
     shown = tag("a", image, href=picture.address) if picture.address else image
     words = tag("figcaption", tag("strong", picture.title), " ", picture.explained)
-    width, height = struct.unpack(">II", picture.png[16:24])  # of a PNG's first chunk
-    return tag("figure", shown, words, class_="broad" if width > BROAD * height else None)
+    return tag("figure", shown, words, class_="broad" if _is_broad(picture.png) else None)
+
+
+def _is_broad(png: bytes) -> bool:
+    """Whether a picture is much wider than high; False for what is no PNG, which the browser will not show either."""
+    if not png.startswith(b"\x89PNG\r\n\x1a\n") or len(png) < 24:
+        return False
+    width, height = struct.unpack(">II", png[16:24])
+    return bool(width > BROAD * height)
 
 
 def _shown_tissues(summaries: Sequence[CaseSummary]) -> list[str]:

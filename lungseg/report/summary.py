@@ -93,9 +93,10 @@ class CaseSummary:
     @property
     def why(self) -> str:
         """Why it has its place among the scans, in one phrase: which number, what it scored, which caution."""
-        affected, missed = self.affected_pct, self.missed_emphysema_pct
+        affected, missed, cautions = self.affected_pct, self.missed_emphysema_pct, self.cautions
         if affected is None:
-            first = f"no number ({self.status('abnormal_pct')})"
+            reason = STATUS_WORDS.get(self.status("abnormal_pct"), self.status("abnormal_pct"))
+            first, cautions = f"no numbers: {reason}", [text for text in cautions if text != reason]
         elif missed is not None and affected == missed:
             first = f"LAA-950 {missed:.0f} %, which the map misses"
         else:
@@ -104,7 +105,6 @@ class CaseSummary:
             if share >= WORTH_NAMING_PCT:
                 first += f", most of it {TITLES[name].lower()}"
         scored = self.agreement.finding if self.agreement else ""
-        cautions = self.cautions
         caution = f"look out: {cautions[0]}" if cautions else ""
         if len(cautions) > 1:
             caution += f" (and {len(cautions) - 1} more)"

@@ -38,6 +38,7 @@ def refine(
     export: Path | None = None,
     lobe_mask: Path | None = None,
     dicom_seg: bool = False,
+    dicom_sr: bool = False,
     source: Path | None = None,
     posteriors: bool = False,
     as_json: bool = False,
@@ -60,6 +61,8 @@ def refine(
     source : path, optional
         Folder with those series. A case whose series is not there, or cannot be referred to, has failed; its other
         files are written all the same.
+    dicom_sr : bool
+        With ``dicom_seg``: the numbers as a DICOM structured report too, ``<case_id>.sr.dcm``, of those segments.
     posteriors : bool
         Write ``posteriors/<case_id>-<tissue>.nii.gz`` too: percent, on the source scan's grid.
     as_json : bool
@@ -87,12 +90,15 @@ def refine(
         raise UsageError("--lobe-mask, --dicom-seg and --posteriors belong to what --export DIR writes")
     if dicom_seg != (source is not None):
         raise UsageError("--dicom-seg and --source DICOM_DIR go together: a DICOM-SEG refers to the images of a series")
+    if dicom_sr and not dicom_seg:
+        raise UsageError("--dicom-sr needs --dicom-seg: its measurements refer to the segments of that file")
     if lobe_mask and Path(lobe_mask).is_file() and len(case_ids) > 1:
         raise UsageError(f"--lobe-mask: one file for {len(case_ids)} cases; give a folder of <case_id>.nii.gz")
     options = ExportOptions(
         lobe_mask=Path(lobe_mask) if lobe_mask else None,
         dicom=dicom_series_by_identity(Path(source), store) if source else None,
         posteriors=posteriors,
+        measurements=dicom_sr,
     )
     folder = output_folder(Path(export)) if export else None
     outcomes = run_cases(
