@@ -18,6 +18,9 @@ SMALL_LUNG_ML, LARGE_LUNG_ML = 1500.0, 9000.0
 """Beyond these a lung field is looked at: healthy adults have 4.5 ± 1.3 L (Cheng et al. 2019), wide of three SD."""
 UNCERTAIN_PCT = 25.0
 """Share of lung whose label has a posterior below one half, from which a map is called uncertain: our choice."""
+DOUBTED_EMPHYSEMA_PCT, DOUBTED_RATIO = 5.0, 4.0
+"""Mapped emphysema of at least this share of the lung is doubted where LAA-950 is less than a quarter of it: our
+choice. Emphysema holds denser voxels too, so that a map shows more of it than LAA-950."""
 DISEASE = tuple(TISSUES[Tissue(tissue)].name for tissue in VIEWS["abnormal"]["abnormal"])
 TITLES: Mapping[str, str] = {info.name: info.title for info in TISSUES.values()} | {UNCLASSIFIED_NAME: "Unclassified"}
 COLOURS: Mapping[str, tuple[int, int, int]] = {info.name: info.colour for info in TISSUES.values()} | {
@@ -63,6 +66,14 @@ class CaseSummary:
         if density is None or mapped is None or density < 100 * LAA950_EMPHYSEMA_SHARE or mapped >= density / 2:
             return None
         return density
+
+    @property
+    def doubted_emphysema(self) -> str:
+        """What to look at where the map shows much emphysema and hardly any voxel is as thin as that; else ''."""
+        density, mapped = self.value("laa950_pct"), self.value("emphysema_pct")
+        if density is None or mapped is None or mapped < DOUBTED_EMPHYSEMA_PCT or DOUBTED_RATIO * density >= mapped:
+            return ""
+        return f"the map shows emphysema in {mapped:.0f} % of the lung, but LAA-950 is {density:.1f} %: look at it"
 
     @property
     def affected_pct(self) -> float | None:
@@ -124,6 +135,8 @@ class CaseSummary:
         words = [STATUS_WORDS[word] for word in self.quantities.covariates.scan_status.split() if word in STATUS_WORDS]
         if self.missed_emphysema_pct is not None:
             words.append("its density says emphysema and its map does not: the map is wrong there")
+        if self.doubted_emphysema:
+            words.append(self.doubted_emphysema)
         volume = self.value("volume_ml")
         told = any("lung volume" in text for text in self.quantities.warnings)
         if volume is not None and not told and not SMALL_LUNG_ML <= volume <= LARGE_LUNG_ML:

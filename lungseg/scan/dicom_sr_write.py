@@ -7,6 +7,7 @@ which carries only what the standard requires.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +80,29 @@ def write_measurements(path: Path, regions: Sequence[MeasuredRegion], segmentati
     if not shown:
         raise InputError("no number to write: all are blank")
     groups = [_group(hd, seg, region, numbers) for region in shown]
+    with warnings.catch_warnings():
+        # highdicom warns of odd patient names by printing them
+        warnings.filterwarnings("ignore", message="The string", category=UserWarning)
+        document = _document(hd, seg, groups)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        document.save_as(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path}: could not be written ({error.strerror or error}); is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _document(hd: Any, seg: Any, groups: Sequence[Any]) -> Any:
+    """The object in memory."""
     report = hd.sr.MeasurementReport(
         observation_context=_context(hd),
         procedure_reported=_coded(CT_PROCEDURE),
         imaging_measurements=groups,
         title=_coded(Code("126000", "DCM", "Imaging Measurement Report")),
     )
-    document = hd.sr.Comprehensive3DSR(
+    return hd.sr.Comprehensive3DSR(
         evidence=[seg, *_images(seg)],
         content=report,
         series_instance_uid=hd.UID(),
@@ -101,14 +118,6 @@ def write_measurements(path: Path, regions: Sequence[MeasuredRegion], segmentati
         device_serial_number="0",
         series_description="lungseg measurements. Research use only.",
     )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        document.save_as(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path}: could not be written ({error.strerror or error}); is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def private_code(value: str, meaning: str) -> Code:

@@ -200,6 +200,10 @@ def test_emphysema_that_the_map_misses_ranks_a_scan_and_is_told() -> None:
     found = CaseSummary("found", CaseQuantities(tuple(quantify(labels, lungs, hu, spacing_mm=SPACING))))
     assert found.missed_emphysema_pct is None
     assert found.finding == "50 % of the lung is abnormal: emphysema 50 %."
+    assert not found.doubted_emphysema
+    hu[lungs == 2] = -900
+    doubted = CaseSummary("doubted", CaseQuantities(tuple(quantify(labels, lungs, hu, spacing_mm=SPACING))))
+    assert doubted.cautions == ["the map shows emphysema in 50 % of the lung, but LAA-950 is 0.0 %: look at it"]
 
 
 def test_numbers_that_cannot_be_had_are_blank_and_say_why() -> None:
