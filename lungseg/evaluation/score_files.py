@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from dataclasses import MISSING, fields
+from typing import get_type_hints
 
 from lungseg.errors import InputError
 from lungseg.evaluation.scores import STATUSES, ClassScore
@@ -38,6 +39,7 @@ def read_cases_csv(text: str, *, what: str) -> dict[str, list[ClassScore]]:
         raise InputError(
             f"{what} is no table of scores: {', '.join(missing or ['method'])} missing; run lungseg evaluate again"
         )
+    types = get_type_hints(ClassScore)
     found: dict[str, list[ClassScore]] = {}
     for number, row in enumerate(reader):
         if number >= MAX_ROWS:
@@ -48,14 +50,19 @@ def read_cases_csv(text: str, *, what: str) -> dict[str, list[ClassScore]]:
         if row["status"] not in STATUSES:
             raise InputError(f"{what}, line {number + 2}: unknown status '{row['status']}'")
         try:
-            for name in known:
-                if name in _TEXTS or row.get(name) is None:
-                    continue
-                if name == "slice_index":
-                    values[name] = int(row[name]) if row[name] else None
-                else:
-                    values[name] = float(row[name]) if row[name] else math.nan
+            for name in known.keys() - set(_TEXTS):
+                if row.get(name) is not None:
+                    values[name] = _value(types[name], row[name])
         except ValueError as error:
             raise InputError(f"{what}, line {number + 2}: {error}") from error
         found.setdefault(row["method"], []).append(ClassScore(**values))  # type: ignore[arg-type]
     return found
+
+
+def _value(kind: object, text: str) -> object:
+    """A cell as its column's type: a number, nan where a float is blank, None where an integer is."""
+    if kind is str:
+        return text
+    if kind is float:
+        return float(text) if text else math.nan
+    return int(text) if text else None
