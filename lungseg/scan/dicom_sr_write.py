@@ -161,9 +161,24 @@ def _group(hd: Any, seg: Any, region: MeasuredRegion, numbers: dict[str, int]) -
     number = numbers[region.segment]
     (kind,) = seg.get_segment_description(number).SegmentedPropertyTypeCodeSequence
     return hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        referenced_segment=hd.sr.ReferencedSegment.from_segmentation(seg, segment_number=number),
+        referenced_segment=_segment(hd, seg, number),
         finding_type=_coded(Code(kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning)),
         **shared,
+    )
+
+
+def _segment(hd: Any, seg: Any, number: int) -> Any:
+    """A segment, and the series that was segmented.
+
+    Not by highdicom's ``from_segmentation``: it fails on the file of a single segment, whose number stands in the
+    groups that all frames share.
+    """
+    (series,) = seg.ReferencedSeriesSequence
+    return hd.sr.ReferencedSegment(
+        sop_class_uid=seg.SOPClassUID,
+        sop_instance_uid=seg.SOPInstanceUID,
+        segment_number=number,
+        source_series=hd.sr.SourceSeriesForSegmentation(series.SeriesInstanceUID),
     )
 
 

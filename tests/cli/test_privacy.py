@@ -449,7 +449,8 @@ def test_dicom_objects_carry_of_the_patient_what_the_standard_asks_for_and_no_mo
         "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime",
         "StudyID", "AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "PositionReferenceIndicator",
     }  # fmt: skip
-    of_images = {"ReferencedSOPInstanceUID", "SeriesInstanceUID"}  # UIDs of what it refers to
+    # UIDs of what it refers to; that of the series is a content item of the report
+    of_images = {"ReferencedSOPInstanceUID", "SeriesInstanceUID", "UID"}
     seen = set()
     read = [pydicom.dcmread(file) for file in (path, report)]
     for element in (element for found in read for element in (*found.file_meta, *found.iterall())):

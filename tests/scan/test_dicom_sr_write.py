@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
 from test_dicom_seg_write import REAL_SERIES, check_with_dciodvfy, labels_of, phantom, write
@@ -23,9 +24,11 @@ def highdicom():
     return pytest.importorskip("highdicom", reason="extra 'dicomseg' is not installed")
 
 
-def written(folder: Path, series: Series, volume: Volume) -> tuple[Path, CaseQuantities]:
+def written(
+    folder: Path, series: Series, volume: Volume, labels: np.ndarray | None = None
+) -> tuple[Path, CaseQuantities]:
     """A segmentation and its report, and the numbers in it."""
-    labels = labels_of(volume)
+    labels = labels_of(volume) if labels is None else labels
     write(folder / "case.seg.dcm", series, volume, labels)
     lungs = (labels > 0).astype("uint8")
     lungs[:, :, : lungs.shape[2] // 2] *= 2
@@ -64,9 +67,18 @@ def test_the_numbers_come_back_with_their_segments(tmp_path: Path, highdicom) ->
     segmentation = pydicom.dcmread(tmp_path / "case.seg.dcm", stop_before_pixels=True)
     labels = {s.SegmentNumber: s.SegmentLabel for s in segmentation.SegmentSequence}
     for group in highdicom.sr.srread(path).content.get_volumetric_roi_measurement_groups():
-        referred = group.referenced_segment.referenced_segment_numbers
-        assert [labels[number] for number in referred] == [group.tracking_identifier]
+        segment = group.referenced_segment
+        assert segment.referenced_sop_instance_uid == segmentation.SOPInstanceUID
+        assert labels[segment[0].ReferencedSOPSequence[0].ReferencedSegmentNumber] == group.tracking_identifier
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_map_of_one_tissue_has_a_report(tmp_path: Path, highdicom) -> None:
+    series, volume = phantom(tmp_path / "dicom")
+    path, quantities = written(tmp_path, series, volume, np.minimum(labels_of(volume), 1))
+    (healthy,) = [row.value for row in quantities.rows if (row.region, row.metric) == ("whole", "healthy_ml")]
+    assert numbers_of(path, highdicom)["Healthy lung"]["118565006", ""] == pytest.approx(healthy, rel=1e-5)
+    check_with_dciodvfy(path)
 
 
 def test_it_is_valid_unverified_and_carries_what_the_segmentation_carries(tmp_path: Path, highdicom) -> None:
