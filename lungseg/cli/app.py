@@ -118,7 +118,7 @@ def _print_plan(command: Command, paths: Mapping[str, Any], config: Any, executi
     """What a dry run shows: paths, the full configuration (for `run` of all stages), what it will need, as JSON."""
     plan: dict[str, Any] = {
         "command": command.name,
-        "paths": {key: _plain(value) for key, value in paths.items() if key != "as_json"},
+        "paths": {key: _plain(value) for key, value in paths.items()},
         "config": to_dict(config) if config is not None else {},
     }
     if command.plan:

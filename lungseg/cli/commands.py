@@ -21,6 +21,12 @@ _JSON = PathOption("as_json", "JSON instead of tables.", ("--json",), switch=Tru
 _LOBES = PathOption(
     "lobe_mask", "Lobe mask of the case, or folder of <case_id>.nii.gz: numbers per lobe.", ("--lobe-mask",)
 )
+_PICTURES = PathOption(
+    "pictures",
+    "Training run, fits/<name> or store of `synthesize` whose pictures the page shows; repeatable.",
+    ("--pictures",),
+    many=True,
+)
 _STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
 _SCANS = PathOption("scans", "DICOM folders, zip archives, NIfTI, NRRD and MHA files, or folders of them.", many=True)
 _SERIES = PathOption(
@@ -211,12 +217,7 @@ COMMANDS: tuple[Command, ...] = (
             _output("Folder of the pages."),
             _LOBES,
             PathOption("scores", "Output folder of `lungseg evaluate`: scores beside the numbers.", ("--scores",)),
-            PathOption(
-                "pictures",
-                "Training run, fits/<name> or store of `synthesize` whose pictures are shown; repeatable.",
-                ("--pictures",),
-                many=True,
-            ),
+            _PICTURES,
             _JSON,
         ),
         ReportConfig,
@@ -236,6 +237,7 @@ COMMANDS: tuple[Command, ...] = (
             _SERIES,
             _LUNG_MASK,
             PathOption("train", "Train a model on these scans first.", ("--train",), switch=True),
+            _PICTURES,
         ),
         RunConfig,
         (

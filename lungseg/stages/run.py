@@ -96,9 +96,10 @@ def run(
         scored = evaluate(store, output / "scores", plan.evaluate, execution=execution)
     results = [prepared, clustered, refined]
     if refined.complete():
+        beside = Beside.found(output, [*_training_of(source), *(pictures or ())])
         pages = report_pages(
-            store, output / "report", plan.report, beside=Beside.found(output, [*_training_of(source), *pictures]),
-            quantities=refined.values["quantities"], execution=execution,
+            store, output / "report", plan.report, beside=beside, quantities=refined.values["quantities"],
+            execution=execution,
         )  # fmt: skip
         results.append(dataclasses.replace(pages, notes=(*refined.notes, *pages.notes)))
     return _merged(output, results, scored)
