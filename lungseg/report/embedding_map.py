@@ -17,7 +17,7 @@ import numpy as np
 from lungseg.errors import InputError
 from lungseg.report.legend import text_style
 from lungseg.report.overlays import FOOTER
-from lungseg.tissue import MIXTURE_TISSUES, TISSUES, Tissue
+from lungseg.tissue import MIXTURE_TISSUES, TISSUES, UNCLASSIFIED, UNCLASSIFIED_COLOUR, Tissue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,6 +89,7 @@ def embedding_map_png(
     tokens : float array, shape (N, D)
         A random sample of what was clustered, in random order: the first ``MAX_POINTS`` are drawn.
     posterior : float array, shape (N, K)
+        A row of zeros is a token that no component took: it is shown as unclassified.
     density_hu : float array, shape (N,)
         Median HU around each token; nan where there is none.
     tissues : sequence of K Tissue
@@ -115,6 +116,7 @@ def embedding_map_png(
     tokens, posterior, density_hu = tokens[:MAX_POINTS], posterior[:MAX_POINTS], density_hu[:MAX_POINTS]
     plane = project_tokens(tokens, posterior)
     named = np.array([int(tissue) for tissue in tissues])[posterior.argmax(axis=1)]
+    named[posterior.max(axis=1) <= 0] = UNCLASSIFIED
     figure = Figure(figsize=(WIDTH_INCH, HEIGHT_INCH), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     by_name, by_hu = (figure.add_axes((left, 0.2, 0.435, 0.68)) for left in (0.045, 0.53))
@@ -123,6 +125,7 @@ def embedding_map_png(
         _frame(axes, limits, plane, title)
     table = np.zeros((256, 3))
     table[[int(tissue) for tissue in TISSUES]] = [[c / 255 for c in info.colour] for info in TISSUES.values()]
+    table[UNCLASSIFIED] = [channel / 255 for channel in UNCLASSIFIED_COLOUR]
     style: dict[str, Any] = {"s": 5.0, "marker": "o", "linewidths": 0, "zorder": 1}
     x, y = plane.points.T
     by_name.scatter(x, y, c=table[named], alpha=0.55, **style)

@@ -243,13 +243,15 @@ def _fit(store: Store, case_ids: list[str], student: Student, config: ClusterCon
             except MismatchError:
                 if not execution.overwrite:
                     raise
-        fitted = _fit_tokens(store, case_ids, config, wanted)
-        write_fit(folder, fitted, embedding_picture(store, case_ids, config.name, fitted))
+        fitted, pictures = _fit_tokens(store, case_ids, config, wanted)
+        write_fit(folder, fitted, pictures)
     return fitted
 
 
-def _fit_tokens(store: Store, case_ids: list[str], config: ClusterConfig, provenance: dict[str, Any]) -> NamedFit:
-    """Mixture over equally many tokens per case, named by what its members look like."""
+def _fit_tokens(
+    store: Store, case_ids: list[str], config: ClusterConfig, provenance: dict[str, Any]
+) -> tuple[NamedFit, dict[str, bytes]]:
+    """Mixture over equally many tokens per case, named by what its members look like; and its picture."""
     share = max(1, config.max_tokens // len(case_ids))
     tokens, statistics, named = [], [], []
     for case_id in case_ids:
@@ -273,11 +275,14 @@ def _fit_tokens(store: Store, case_ids: list[str], config: ClusterConfig, proven
         seed=config.seed,
     )
     log.info("cluster: effective rank %.1f, converged %s", mixture.effective_rank, mixture.converged)
+    seen = _join(statistics)
     names = name_components(
-        mixture.posterior(joined), np.concatenate(named), _join(statistics), rule=cast(NamingRule, config.naming)
+        mixture.posterior(joined), np.concatenate(named), seen, rule=cast(NamingRule, config.naming)
     )
     mixture = mixture.reorder([name.component for name in names])
-    return NamedFit(mixture, tuple(renumbered(names)), provenance)
+    fitted = NamedFit(mixture, tuple(renumbered(names)), provenance)
+    tissues = [name.tissue for name in fitted.names]
+    return fitted, embedding_picture(joined, mixture.posterior(joined), seen.median_hu, tissues)
 
 
 def _statistics(table: np.ndarray) -> TokenStatistics:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lungseg.report.page import Picture
-from lungseg.stages.fits import NamedFit
-from lungseg.store.cases import Store
+from lungseg.tissue import Tissue
 
 log = logging.getLogger(__name__)
 
@@ -89,23 +88,32 @@ def drawn(make: Callable[[], bytes], what: str) -> bytes | None:
     return make()
 
 
-def embedding_picture(store: Store, case_ids: Sequence[str], name: str, fitted: NamedFit) -> dict[str, bytes]:
-    """``embedding.png`` of the tokens a fit was made of, for its folder; empty where matplotlib is missing.
+def embedding_picture(
+    tokens: np.ndarray, posterior: np.ndarray, density_hu: np.ndarray, tissues: Sequence[Tissue]
+) -> dict[str, bytes]:
+    """``embedding.png`` of the tokens a fit was made of, for its folder.
 
-    Equally many tokens per case, from their samples ``tokens.<name>.h5``, which are in random order.
+    Parameters
+    ----------
+    tokens : float array, shape (N, C)
+        As they were clustered. ``MAX_POINTS`` of them are drawn, at random but always the same.
+    posterior : float array, shape (N, K)
+    density_hu : float array, shape (N,)
+        Median HU of each.
+    tissues : sequence of K Tissue
+        Name of each component.
+
+    Returns
+    -------
+    dict of file name to PNG
+        Empty where matplotlib is missing, or with fewer than two tokens.
     """
     from lungseg.report.embedding_map import MAX_POINTS, embedding_map_png
 
-    share = max(1, MAX_POINTS // len(case_ids))
-    tokens, density = [], []
-    for case_id in case_ids:
-        with store.open(case_id, "tokens", name) as sample:
-            tokens.append(sample.read("features", (slice(0, share),)))
-            median = sample.provenance["statistics"].index("median_hu")
-            density.append(sample.read("statistics", (slice(0, share),))[:, median])
-    # mixed, so that no case lies over the others
-    order = np.random.Generator(np.random.Philox(len(tokens))).permutation(sum(map(len, tokens)))
-    joined, hu = np.concatenate(tokens)[order], np.concatenate(density)[order]
-    tissues = [component.tissue for component in fitted.names]
-    picture = drawn(lambda: embedding_map_png(joined, fitted.mixture.posterior(joined), hu, tissues), EMBEDDING)
+    # drawn from all, so that no case lies over the others
+    chosen = np.random.Generator(np.random.Philox(0)).permutation(len(tokens))[:MAX_POINTS]
+    if len(chosen) < 2:
+        return {}
+    shown = tokens[chosen], posterior[chosen], density_hu[chosen]
+    picture = drawn(lambda: embedding_map_png(*shown, tissues), EMBEDDING)
     return {} if picture is None else {EMBEDDING: picture}

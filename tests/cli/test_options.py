@@ -140,9 +140,9 @@ def test_dry_run_shows_what_was_typed() -> None:
     plan = json.loads(call("cluster", "s", "--model", "m", "--fit-only", "--pca", "none", "--dry-run").stdout)
     switches = {"fit_only": True, "as_json": False}
     assert plan["paths"] == {"store": "s", "model": "m", "fit": None, "bundle": None, **switches}
+    assert plan["config"]["pca"] is None
     plan = json.loads(call("report", "s", "-o", "x", "--pictures", "a", "--pictures", "b", "--dry-run").stdout)
     assert plan["paths"]["pictures"] == ["a", "b"]
-    assert plan["config"]["pca"] is None
 
 
 def toml(tmp_path: Path, text: str) -> str:

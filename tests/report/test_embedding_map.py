@@ -60,6 +60,13 @@ def test_the_picture_is_the_same_again_and_shows_each_name_in_its_colour() -> No
     assert TISSUES[Tissue.FIBROSIS].colour not in colours
 
 
+def test_tokens_that_no_component_took_are_unclassified() -> None:
+    values, posterior, hu = tokens()
+    nothing = embedding_map_png(values, np.zeros_like(posterior), hu, NAMES)
+    pixels = np.asarray(Image.open(io.BytesIO(nothing)).convert("RGB")).reshape(-1, 3).astype(int)
+    assert not any((pixels == TISSUES[tissue].colour).all(axis=1)[: len(pixels) * 3 // 4].any() for tissue in NAMES)
+
+
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
     values, posterior, hu = tokens()
     with pytest.raises(InputError, match="do not fit"):
