@@ -27,7 +27,7 @@ def readme_commands() -> list[str]:
 def test_commands_run_as_written(tmp_path: Path) -> None:
     commands = readme_commands()
     assert [command.split()[1] for command in commands] == [
-        "preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate", "report", "synthesize", "run",
+        "preprocess", "extract-radiomics", "train-ddpm", "cluster", "refine", "evaluate", "synthesize", "report", "run",
         "doctor", "info",
     ]  # fmt: skip
     for part, seed in (("train", 1), ("test", 2)):

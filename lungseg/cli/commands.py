@@ -21,6 +21,12 @@ _JSON = PathOption("as_json", "JSON instead of tables.", ("--json",), switch=Tru
 _LOBES = PathOption(
     "lobe_mask", "Lobe mask of the case, or folder of <case_id>.nii.gz: numbers per lobe.", ("--lobe-mask",)
 )
+_PICTURES = PathOption(
+    "pictures",
+    "Training run, fits/<name> or store of `synthesize` whose pictures the page shows; repeatable.",
+    ("--pictures",),
+    many=True,
+)
 _STORE = PathOption("store", "Patch store made by `lungseg preprocess`.", required=True)
 _SCANS = PathOption("scans", "DICOM folders, zip archives, NIfTI, NRRD and MHA files, or folders of them.", many=True)
 _SERIES = PathOption(
@@ -88,6 +94,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             _STORE,
             _output("Folder of the training run."),
+            _JSON,
         ),
         TrainConfig,
         (
@@ -104,10 +111,12 @@ COMMANDS: tuple[Command, ...] = (
         (
             PathOption("model", "Training run, or its model.safetensors.", required=True),
             _output("Store of the patches."),
+            PathOption("real", "Patch store of real scans, shown beside the drawn patches.", ("--real",)),
+            _JSON,
         ),
         SynthesizeConfig,
         (
-            "lungseg synthesize run -o synthetic -n 64",
+            "lungseg synthesize run -o synthetic -n 64 --real cohort",
             "lungseg synthesize model.safetensors -o synthetic -n 1000 --sampler ddpm --device cuda",
         ),
         ("device", "overwrite", "dry_run", *_SAYING),
@@ -138,6 +147,7 @@ COMMANDS: tuple[Command, ...] = (
                 "bundle", "Also write model and fit into this one file, for `lungseg run --model`.", ("--bundle",)
             ),
             PathOption("fit_only", "Fit and stop; do not apply to the cases.", ("--fit-only",), switch=True),
+            _JSON,
         ),
         ClusterConfig,
         (
@@ -154,6 +164,12 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("export", "Write NIfTI on the scan's grid, numbers and PNG here.", ("--export",)),
             _LOBES,
             PathOption("dicom_seg", "Write <case_id>.seg.dcm too; needs --source.", ("--dicom-seg",), switch=True),
+            PathOption(
+                "dicom_sr",
+                "Write the numbers as <case_id>.sr.dcm; needs --dicom-seg.",
+                ("--dicom-sr",),
+                switch=True,
+            ),
             PathOption("source", "Folder with the DICOM series of the cases, for --dicom-seg.", ("--source",)),
             PathOption(
                 "posteriors", "Write the posterior of each tissue as NIfTI too.", ("--posteriors",), switch=True
@@ -183,6 +199,7 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("patients", "CSV with columns case and patient, for folders.", ("--patients",)),
             PathOption("images", "Folder of CT scans named like the cases, for pictures.", ("--images",)),
             _output("Folder of the tables and pictures."),
+            _JSON,
         ),
         EvaluateConfig,
         (
@@ -199,10 +216,12 @@ COMMANDS: tuple[Command, ...] = (
             PathOption("results", "Patch store with label maps, or output folder of `lungseg run`.", required=True),
             _output("Folder of the pages."),
             _LOBES,
+            PathOption("scores", "Output folder of `lungseg evaluate`: scores beside the numbers.", ("--scores",)),
+            _PICTURES,
             _JSON,
         ),
         ReportConfig,
-        ("lungseg report cohort -o report", "lungseg report out -o report --num-slices 96"),
+        ("lungseg report cohort -o report", "lungseg report cohort -o report --scores scores --pictures run"),
         ("jobs", "dry_run", *_SAYING),
     ),
     Command(
@@ -218,6 +237,7 @@ COMMANDS: tuple[Command, ...] = (
             _SERIES,
             _LUNG_MASK,
             PathOption("train", "Train a model on these scans first.", ("--train",), switch=True),
+            _PICTURES,
         ),
         RunConfig,
         (

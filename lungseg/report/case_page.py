@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from lungseg.report.agreement import Agreement, tissue_title
 from lungseg.report.charts import histogram_chart, legend_list, slice_profile, tissue_bar
 from lungseg.report.density import Histogram
 from lungseg.report.html import Markup, data_block, data_uri, document, joined, tag, void_tag
@@ -53,6 +55,8 @@ def case_page(
         items = [tag("li", text) for text in summary.cautions]
         parts.append(tag("section", tag("h2", "Before you use these numbers"), tag("ul", *items), class_="caution"))
     parts.append(_viewer(summary, stack, spacing_z_mm))
+    if summary.agreement is not None and summary.agreement.scores:
+        parts += [tag("h2", "Against the reference"), *_scores(summary.agreement)]
     regions = list(dict.fromkeys(row.region for row in summary.quantities.rows))
     parts += [tag("h2", "Tissue of each region"), _bars(summary, regions)]
     if columns := _region_columns(summary, regions):
@@ -132,6 +136,32 @@ def _viewer(summary: CaseSummary, stack: SliceStack, spacing_z_mm: float) -> Mar
         data_block("viewer-data", data),
         class_="viewer",
     )
+
+
+def _scores(agreement: Agreement) -> list[Markup]:
+    """One line a class: how well the map agrees with the reference."""
+    columns: tuple[str, ...] = ("Class", "Result", "DSC", "HD95 mm", "Surface Dice", "Reference mL", "Map mL")
+    in_slices = any(score.slice_index is not None for score in agreement.scores)
+    if in_slices:
+        columns = (columns[0], "Slice", *columns[1:])
+    rows = []
+    for score in agreement.scores:
+        cells = [tag("th", tissue_title(score.tissue), scope="row")]
+        if in_slices:
+            cells.append(tag("td", "" if score.slice_index is None else score.slice_index + 1, class_="number"))
+        cells.append(tag("td", score.status, class_="bad" if score.is_missed else None))
+        for value, digits in (
+            (score.dice, 2), (score.hd95_mm, 1), (score.surface_dice, 2), (score.reference_ml, 1),
+            (score.predicted_ml, 1),
+        ):  # fmt: skip
+            cells.append(tag("td", f"{value:,.{digits}f}" if math.isfinite(value) else BLANK, class_="number"))
+        rows.append(tag("tr", *cells))
+    head = tag("tr", *(tag("th", name, scope="col") for name in columns))
+    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="numbers scores")
+    words = agreement.finding[:1].upper() + agreement.finding[1:]
+    said = [tag("p", f"{words}.")] if words else []
+    note = "Missed: the reference holds it and the map has none. False tissue: the reverse; it is in no mean."
+    return [*said, tag("div", table, class_="scroll"), tag("p", note, class_="sub")]
 
 
 def _region_name(region: str) -> str:

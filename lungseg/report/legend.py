@@ -70,7 +70,7 @@ def draw_legend(axes: Axes, rows: Sequence[LegendRow], *, num_maps: int, lung_ml
         share = f"{100 * row.ml[0] / lung_ml:.1f}" if lung_ml > 0 else "\u2013"
         line([format_ml(row.ml[0]), share, *map(format_ml, row.ml[1:])], row.title, FOREGROUND, 9.5)
     y += LEGEND_STEP_INCH
-    axes.plot([0.12, stops[num_maps]], [y - LEGEND_STEP_INCH / 2] * 2, color=FAINT, linewidth=0.6)
+    axes.plot([0.12, stops[num_maps]], [y - LEGEND_STEP_INCH / 2] * 2, color=FAINT, linewidth=0.6, marker="")
     line([format_ml(lung_ml)], "Lung", FOREGROUND, 9.5, "bold")
     return y + LEGEND_STEP_INCH / 2
 
@@ -90,7 +90,7 @@ def draw_histogram(axes: Axes, histogram: Histogram) -> None:
     axes.stairs(percent, edges, fill=True, color=FAINT, alpha=0.75)
     top = max(float(percent.max(initial=0.0)), 1e-6) * 1.18
     for number, threshold in enumerate(THRESHOLDS_HU):
-        axes.axvline(threshold, color=GUIDE, linewidth=0.9)
+        axes.axvline(threshold, color=GUIDE, linewidth=0.9, linestyle="-", marker="")
         text = f"{threshold:g}".replace("-", "\u2212")
         # the first two are too close for both numbers on one side
         side, place = ("right", threshold - 8) if number == 0 else ("left", threshold + 8)

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -339,13 +339,14 @@ def _draw_uncertainty(axes: Axes, confidence: np.ndarray, lung: np.ndarray, cut:
 def _draw_guides(axes: Axes, cut: _Cut, num_slices: int) -> None:
     """Where the other two planes cut this one, the name of the plane, and the scale bar."""
     for draw, position in ((axes.axhline, cut.guide_row_mm), (axes.axvline, cut.guide_column_mm)):
-        draw(position, color=GUIDE, linewidth=0.7, alpha=0.7, linestyle=(0, (5, 4)))
+        draw(position, color=GUIDE, linewidth=0.7, alpha=0.7, linestyle=(0, (5, 4)), marker="")
     rimmed_text(axes, 0.02, 0.98, f"{cut.plane.name}  {cut.index + 1}/{num_slices}", ha="left", va="top", size=9)
     bar = scale_bar_mm(cut.width_mm)
     right, y = 0.97 * cut.width_mm, 0.95
     for width, colour in ((4.4, BACKGROUND), (2.2, FOREGROUND)):  # dark rim: the bar often lies over soft tissue
         ends = [right - bar, right]
-        axes.plot(ends, [cut.height_mm * y] * 2, color=colour, linewidth=width, solid_capstyle="butt")
+        line: dict[str, Any] = {"color": colour, "linewidth": width, "linestyle": "-", "marker": ""}
+        axes.plot(ends, [cut.height_mm * y] * 2, solid_capstyle="butt", **line)
     rimmed_text(
         axes, (right - bar / 2) / cut.width_mm, 1.0 - y + 0.015, f"{bar:g} mm", ha="center", va="bottom", size=8
     )

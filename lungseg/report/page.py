@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from lungseg.report.html import Markup, data_uri, document, joined, tag, void_ta
 from lungseg.report.summary import DISEASE, TITLES, CaseSummary, ranked
 
 BLANK = "\u2013"
+BROAD = 1.5
+"""Pictures wider than this for their height take a row of their own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ COLUMNS = (
 )
 
 
+SCORE_COLUMNS = (
+    Column("dice", "Mean DSC", "Mean DSC over the classes of the reference, a missed one as 0", 2),
+    Column("hd95_mm", "Mean HD95 mm", "Mean HD95 over the classes that were found; missed ones have none", 1),
+)
+"""Of :class:`lungseg.report.agreement.Agreement`; there if any scan was evaluated."""
 RARE_METRICS = ("cavity_pct",)
 
 
@@ -43,6 +51,10 @@ class Picture:
 
     title: str
     png: bytes
+    explained: str = ""
+    """What to look for."""
+    address: str = ""
+    """Address of the picture as a file, relative to the page."""
 
 
 def cohort_page(
@@ -51,6 +63,7 @@ def cohort_page(
     title: str,
     left_out: Mapping[str, str] | None = None,
     pictures: Sequence[Picture] = (),
+    worst_pairs: str = "",
     provenance: Sequence[tuple[str, str]] = (),
 ) -> str:
     """HTML of the whole cohort.
@@ -63,14 +76,16 @@ def cohort_page(
     left_out : mapping of case id to reason
         Scans without a map, and why.
     pictures : sequence of Picture
-        Of training and evaluation.
+        Of the other stages.
+    worst_pairs : str
+        Address of the page of the worst class-case pairs, if there is one.
     provenance : sequence of (name, value)
         How the maps were made.
     """
     order = ranked(summaries)
     body = [
         tag("header", tag("h1", title), tag("p", _count(len(order)), class_="sub")),
-        tag("main", *_main(order, left_out or {}, pictures, provenance)),
+        tag("main", *_main(order, left_out or {}, pictures, worst_pairs, provenance)),
     ]
     return document(title, body)
 
@@ -83,21 +98,22 @@ def _main(
     order: Sequence[CaseSummary],
     left_out: Mapping[str, str],
     pictures: Sequence[Picture],
+    worst_pairs: str,
     provenance: Sequence[tuple[str, str]],
 ) -> list[Markup]:
     parts = []
     if order:
         parts.append(_worst(order[0], several=len(order) > 1))
+        parts += _least_agreeing(order, worst_pairs)
         parts += [tag("h2", "All scans"), legend_list(_shown_tissues(order)), _table(order)]
     if left_out:
         rows = [tag("li", tag("strong", case_id), f": {reason}") for case_id, reason in sorted(left_out.items())]
         parts += [tag("h2", "Scans without a map"), tag("ul", *rows)]
     if pictures:
-        figures = [
-            tag("figure", void_tag("img", src=data_uri(p.png, "png"), alt=p.title), tag("figcaption", p.title))
-            for p in pictures
+        parts += [
+            tag("h2", "How the map came about, and how good it is"),
+            tag("div", *(_figure(picture) for picture in pictures), class_="figures"),
         ]
-        parts += [tag("h2", "Training and evaluation"), tag("div", *figures, class_="figures")]
     parts += [tag("h2", "How the numbers were made"), _explanation(), definition_list(provenance)]
     return parts
 
@@ -113,6 +129,37 @@ def _worst(summary: CaseSummary, *, several: bool) -> Markup:
     return tag("section", tag("a", picture, href=summary.page), tag("div", tag("h2", heading), *words), class_="worst")
 
 
+def _least_agreeing(order: Sequence[CaseSummary], worst_pairs: str) -> list[Markup]:
+    """The scan whose map agrees least with its reference, and where to see the worst pairs."""
+    scored = [(s.agreement.dice, s) for s in order if s.agreement is not None and s.agreement.dice is not None]
+    if not scored:
+        return []
+    _, lowest = min(scored, key=lambda pair: pair[0])
+    assert lowest.agreement is not None
+    words: list[object] = [
+        tag("strong", "Least like its reference: " if len(scored) > 1 else "Against its reference: ")
+    ]
+    words += [tag("a", lowest.case_id, href=lowest.page), f", {lowest.agreement.finding}. "]
+    if worst_pairs:
+        words.append(tag("a", "See the worst classes as pictures", href=worst_pairs))
+    return [tag("p", *words)]
+
+
+def _figure(picture: Picture) -> Markup:
+    image = void_tag("img", src=data_uri(picture.png, "png"), alt=picture.title, loading="lazy")
+    shown = tag("a", image, href=picture.address) if picture.address else image
+    words = tag("figcaption", tag("strong", picture.title), " ", picture.explained)
+    return tag("figure", shown, words, class_="broad" if _is_broad(picture.png) else None)
+
+
+def _is_broad(png: bytes) -> bool:
+    """Whether a picture is much wider than high; False for what is no PNG, which the browser will not show either."""
+    if not png.startswith(b"\x89PNG\r\n\x1a\n") or len(png) < 24:
+        return False
+    width, height = struct.unpack(">II", png[16:24])
+    return bool(width > BROAD * height)
+
+
 def _shown_tissues(summaries: Sequence[CaseSummary]) -> list[str]:
     """Tissues that any scan has."""
     return [name for name in TITLES if any(summary.value(f"{name}_ml") for summary in summaries)]
@@ -121,11 +168,13 @@ def _shown_tissues(summaries: Sequence[CaseSummary]) -> list[str]:
 def _table(order: Sequence[CaseSummary]) -> Markup:
     # a cavity is rare: its column is there when any scan has one
     columns = [c for c in COLUMNS if c.metric not in RARE_METRICS or any(s.value(c.metric) for s in order)]
+    if any(summary.agreement for summary in order):
+        columns[1:1] = SCORE_COLUMNS
     headings = [tag("th", "Picture", scope="col"), _heading("Scan", "Name of the scan", text=True)]
     headings += [tag("th", "Tissues", scope="col", class_="wide")]
     headings += [_heading(c.title, c.explained, sorted_now=c.metric == RANKED_BY) for c in columns]
     headings += [_heading("Look out", "Things to know before the numbers are used")]
-    rows = [tag("tr", *_cells(summary, columns)) for summary in order]
+    rows = [tag("tr", *_cells(summary, columns, rank)) for rank, summary in enumerate(order, start=1)]
     table = tag("table", tag("thead", tag("tr", *headings)), tag("tbody", *rows), id="cases")
     return tag("div", table, class_="scroll")
 
@@ -135,20 +184,19 @@ def _heading(title: str, explained: str, *, text: bool = False, sorted_now: bool
     return tag("th", button, scope="col", aria_sort="descending" if sorted_now else "none")
 
 
-def _cells(summary: CaseSummary, columns: Sequence[Column]) -> list[Markup]:
+def _cells(summary: CaseSummary, columns: Sequence[Column], rank: int) -> list[Markup]:
     picture = void_tag("img", src=data_uri(summary.thumbnail, "jpeg"), alt="", loading="lazy")
     cells = [
         tag("td", tag("a", picture, href=summary.page, tabindex=-1, aria_hidden="true"), class_="picture"),
         tag(
-            "th", tag("a", summary.case_id, href=summary.page), tag("p", summary.finding, class_="why"),
+            "th", tag("a", summary.case_id, href=summary.page),
+            tag("p", tag("strong", f"{rank}. "), summary.why, class_="why"),
             tag("p", summary.acquisition, class_="why"), scope="row", data_value=summary.case_id,
         ),
         tag("td", tissue_bar(summary), class_="wide"),
     ]  # fmt: skip
     for column in columns:
-        value, status = summary.value(column.metric), summary.status(column.metric)
-        if column.metric == RANKED_BY:
-            value, status = summary.affected_pct, summary.status("abnormal_pct")
+        value, status = _number(summary, column)
         shown = f"{value:,.{column.digits}f}".replace("-", "\u2212") if value is not None else BLANK
         cells.append(
             tag(
@@ -164,6 +212,18 @@ def _cells(summary: CaseSummary, columns: Sequence[Column]) -> list[Markup]:
         )
     )  # fmt: skip
     return cells
+
+
+def _number(summary: CaseSummary, column: Column) -> tuple[float | None, str]:
+    """Value of a column, and `ok` or why there is none."""
+    if column.metric == RANKED_BY:
+        return summary.affected_pct, summary.status("abnormal_pct")
+    if column in SCORE_COLUMNS:
+        if summary.agreement is None:
+            return None, "not evaluated"
+        value = summary.agreement.dice if column.metric == "dice" else summary.agreement.hd95_mm
+        return value, "ok" if value is not None else "no class of the reference to score"
+    return summary.value(column.metric), summary.status(column.metric)
 
 
 def _explanation() -> Markup:

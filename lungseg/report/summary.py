@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lungseg.report.agreement import Agreement
 from lungseg.report.quantify import UNCLASSIFIED_NAME, QuantityRow
 from lungseg.report.quantity_tables import CaseQuantities
 from lungseg.scan.volume import STATUS_WORDS
@@ -17,6 +18,9 @@ SMALL_LUNG_ML, LARGE_LUNG_ML = 1500.0, 9000.0
 """Beyond these a lung field is looked at: healthy adults have 4.5 ± 1.3 L (Cheng et al. 2019), wide of three SD."""
 UNCERTAIN_PCT = 25.0
 """Share of lung whose label has a posterior below one half, from which a map is called uncertain: our choice."""
+DOUBTED_EMPHYSEMA_PCT, DOUBTED_RATIO = 5.0, 4.0
+"""Mapped emphysema of at least this share of the lung is doubted where LAA-950 is less than a quarter of it: our
+choice. Emphysema holds denser voxels too, so that a map shows more of it than LAA-950."""
 DISEASE = tuple(TISSUES[Tissue(tissue)].name for tissue in VIEWS["abnormal"]["abnormal"])
 TITLES: Mapping[str, str] = {info.name: info.title for info in TISSUES.values()} | {UNCLASSIFIED_NAME: "Unclassified"}
 COLOURS: Mapping[str, tuple[int, int, int]] = {info.name: info.colour for info in TISSUES.values()} | {
@@ -36,6 +40,8 @@ class CaseSummary:
     """Lung whose label has a posterior below one half; None if it is not known."""
     page: str = ""
     """Address of its own page, relative to the cohort's."""
+    agreement: Agreement | None = None
+    """Scores against a reference, if it was evaluated."""
     numbers: Mapping[tuple[str, str], QuantityRow] = field(init=False)
     """Rows by region and metric."""
 
@@ -60,6 +66,14 @@ class CaseSummary:
         if density is None or mapped is None or density < 100 * LAA950_EMPHYSEMA_SHARE or mapped >= density / 2:
             return None
         return density
+
+    @property
+    def doubted_emphysema(self) -> str:
+        """What to look at where the map shows much emphysema and hardly any voxel is as thin as that; else ''."""
+        density, mapped = self.value("laa950_pct"), self.value("emphysema_pct")
+        if density is None or mapped is None or mapped < DOUBTED_EMPHYSEMA_PCT or DOUBTED_RATIO * density >= mapped:
+            return ""
+        return f"the map shows emphysema in {mapped:.0f} % of the lung, but LAA-950 is {density:.1f} %: look at it"
 
     @property
     def affected_pct(self) -> float | None:
@@ -88,6 +102,26 @@ class CaseSummary:
         return f"{abnormal:.0f} % of the lung is abnormal: {', '.join(named)}."
 
     @property
+    def why(self) -> str:
+        """Why it has its place among the scans, in one phrase: which number, what it scored, which caution."""
+        affected, missed, cautions = self.affected_pct, self.missed_emphysema_pct, self.cautions
+        if affected is None:
+            reason = STATUS_WORDS.get(self.status("abnormal_pct"), self.status("abnormal_pct"))
+            first, cautions = f"no numbers: {reason}", [text for text in cautions if text != reason]
+        elif missed is not None and affected == missed:
+            first = f"LAA-950 {missed:.0f} %, which the map misses"
+        else:
+            share, name = max((self.value(f"{name}_pct") or 0.0, name) for name in DISEASE)
+            first = f"{affected:.0f} % abnormal"
+            if share >= WORTH_NAMING_PCT:
+                first += f", most of it {TITLES[name].lower()}"
+        scored = self.agreement.finding if self.agreement else ""
+        caution = f"look out: {cautions[0]}" if cautions else ""
+        if len(cautions) > 1:
+            caution += f" (and {len(cautions) - 1} more)"
+        return "; ".join(text for text in (first, scored, caution) if text)
+
+    @property
     def acquisition(self) -> str:
         """How it was scanned, in a few words."""
         facts = self.quantities.covariates
@@ -101,6 +135,8 @@ class CaseSummary:
         words = [STATUS_WORDS[word] for word in self.quantities.covariates.scan_status.split() if word in STATUS_WORDS]
         if self.missed_emphysema_pct is not None:
             words.append("its density says emphysema and its map does not: the map is wrong there")
+        if self.doubted_emphysema:
+            words.append(self.doubted_emphysema)
         volume = self.value("volume_ml")
         told = any("lung volume" in text for text in self.quantities.warnings)
         if volume is not None and not told and not SMALL_LUNG_ML <= volume <= LARGE_LUNG_ML:
@@ -134,12 +170,16 @@ def shares_table(summaries: Sequence[CaseSummary]) -> Any:
         ("volume_ml", "lung mL", 0), ("abnormal_pct", "abnormal %", 0), ("mld_hu", "mean HU", 0),
         ("laa950_pct", "LAA-950 %", 1),
     )  # fmt: skip
+    scored = any(summary.agreement for summary in summaries)
     table.add_column("case", overflow="fold")
-    for _, title, _ in columns:
+    for title in (*(title for _, title, _ in columns), *(("DSC", "HD95 mm") if scored else ())):
         table.add_column(title, justify="right")
-    table.add_column("finding", overflow="fold")
+    table.add_column("why it is here", overflow="fold")
     for summary in ranked(summaries):
         values = [(summary.value(metric), digits) for metric, _, digits in columns]
+        if scored:
+            found = summary.agreement or Agreement(())
+            values += [(found.dice, 2), (found.hd95_mm, 1)]
         cells = [f"{value:.{digits}f}" if value is not None else "-" for value, digits in values]
-        table.add_row(summary.case_id, *cells, summary.finding)
+        table.add_row(summary.case_id, *cells, summary.why)
     return table

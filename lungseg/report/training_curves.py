@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN_HU = (-1024, 200)
 """Grey range of previews: lung and soft tissue."""
-_LOSSES = (
+LOSSES = (
     ("diffusion", "diffusion", "#1f77b4", "-"),
     ("held_out_diffusion", "diffusion, held out", "#1f77b4", "--"),
     ("contrast", "contrast", "#d62728", "-"),
@@ -28,7 +28,8 @@ _LOSSES = (
     ("held_out_regression", "regression, held out", "#2ca02c", "--"),
     ("collapse", "collapse term", "#9467bd", "-"),
 )
-_COSINES = (("student_cosine", "student", "#d62728"), ("teacher_cosine", "teacher", "#2ca02c"))
+"""Key of a line of stats.jsonl, name, colour and style."""
+COSINES = (("student_cosine", "student", "#d62728"), ("teacher_cosine", "teacher", "#2ca02c"))
 _DPI = 110
 
 
@@ -50,18 +51,18 @@ def curves_png(lines: Sequence[Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(8, 8), dpi=_DPI)
     losses, rank = figure.subplots(2, 1, sharex=True)
     losses.set_yscale("log")
-    for key, label, colour, style in _LOSSES:
+    for key, label, colour, style in LOSSES:
         _curve(losses, lines, key, label, colour, style)
     losses.set_ylabel("loss")
     _curve(rank, lines, "effective_rank", "effective rank of the student", "#1f77b4", "-")
-    rank.axhline(RANK_ALARM, color="#1f77b4", linewidth=0.8, linestyle=":")
+    rank.axhline(RANK_ALARM, color="#1f77b4", linewidth=0.8, linestyle=":", marker="")
     rank.set_ylabel("effective rank")
     rank.set_xlabel("images seen")
     rank.set_ylim(bottom=0)
     cosine = rank.twinx()
-    for key, label, colour in _COSINES:
+    for key, label, colour in COSINES:
         _curve(cosine, lines, key, f"mean cosine, {label}", colour, "-")
-    cosine.axhline(COSINE_ALARM, color="#d62728", linewidth=0.8, linestyle=":")
+    cosine.axhline(COSINE_ALARM, color="#d62728", linewidth=0.8, linestyle=":", marker="")
     cosine.set_ylim(-0.1, 1.0)
     cosine.set_ylabel("pairwise cosine (alarms dotted)")
     losses.yaxis.set_major_formatter("{x:.3g}")

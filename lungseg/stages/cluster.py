@@ -35,6 +35,7 @@ from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, limit
 from lungseg.stages.extract_radiomics import training_cases
 from lungseg.stages.fits import (
     NamedFit,
+    components,
     find_model,
     fitted_settings,
     load_fit,
@@ -42,6 +43,7 @@ from lungseg.stages.fits import (
     write_bundle,
     write_fit,
 )
+from lungseg.stages.pictures import embedding_picture
 from lungseg.store.atomic import read_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
@@ -70,6 +72,7 @@ def cluster(
     fit: Path | None = None,
     bundle: Path | None = None,
     fit_only: bool = False,
+    as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Fit a mixture on the cohort's tokens (or take ``fit``) and write each case's posteriors.
@@ -86,6 +89,8 @@ def cluster(
         Model and fit are also written into this one file.
     fit_only : bool
         Stop after the fit.
+    as_json : bool
+        The result's document holds what became of each case, and every component.
 
     Raises
     ------
@@ -121,14 +126,16 @@ def cluster(
         write_bundle(Path(bundle), model_path, student, fitted)
     notes = (f"fit: {store.fit_dir(config.name)}",) if fit is None else ()
     if fit_only:
-        return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+        result = StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+        return result.as_document(components=components(fitted)) if as_json else result
     unsampled = {o.case_id: o for o in outcomes if o.status not in (DONE, SKIPPED)}
     outcomes = run_cases(
         _apply_one, case_ids, store, model_path, fitted, config, device, execution.overwrite,
         names=case_ids, title="cluster", execution=execution,
     )  # fmt: skip
     outcomes = tuple(unsampled.get(o.case_id, o) if o.status in (DONE, SKIPPED) else o for o in outcomes)
-    return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+    result = StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+    return result.as_document(components=components(fitted)) if as_json else result
 
 
 def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: Path) -> None:
@@ -236,13 +243,15 @@ def _fit(store: Store, case_ids: list[str], student: Student, config: ClusterCon
             except MismatchError:
                 if not execution.overwrite:
                     raise
-        fitted = _fit_tokens(store, case_ids, config, wanted)
-        write_fit(folder, fitted)
+        fitted, pictures = _fit_tokens(store, case_ids, config, wanted)
+        write_fit(folder, fitted, pictures)
     return fitted
 
 
-def _fit_tokens(store: Store, case_ids: list[str], config: ClusterConfig, provenance: dict[str, Any]) -> NamedFit:
-    """Mixture over equally many tokens per case, named by what its members look like."""
+def _fit_tokens(
+    store: Store, case_ids: list[str], config: ClusterConfig, provenance: dict[str, Any]
+) -> tuple[NamedFit, dict[str, bytes]]:
+    """Mixture over equally many tokens per case, named by what its members look like; and its picture."""
     share = max(1, config.max_tokens // len(case_ids))
     tokens, statistics, named = [], [], []
     for case_id in case_ids:
@@ -266,11 +275,14 @@ def _fit_tokens(store: Store, case_ids: list[str], config: ClusterConfig, proven
         seed=config.seed,
     )
     log.info("cluster: effective rank %.1f, converged %s", mixture.effective_rank, mixture.converged)
+    seen = _join(statistics)
     names = name_components(
-        mixture.posterior(joined), np.concatenate(named), _join(statistics), rule=cast(NamingRule, config.naming)
+        mixture.posterior(joined), np.concatenate(named), seen, rule=cast(NamingRule, config.naming)
     )
     mixture = mixture.reorder([name.component for name in names])
-    return NamedFit(mixture, tuple(renumbered(names)), provenance)
+    fitted = NamedFit(mixture, tuple(renumbered(names)), provenance)
+    tissues = [name.tissue for name in fitted.names]
+    return fitted, embedding_picture(joined, mixture.posterior(joined), seen.median_hu, tissues)
 
 
 def _statistics(table: np.ndarray) -> TokenStatistics:

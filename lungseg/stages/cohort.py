@@ -6,6 +6,7 @@ backend, such as dask. Nothing a case writes depends on how many run at once.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import traceback
 from collections import Counter
@@ -96,6 +97,12 @@ class StageResult:
     def complete(self) -> list[str]:
         """Ids of the cases whose result is there."""
         return [outcome.case_id for outcome in self.outcomes if outcome.status in (DONE, SKIPPED)]
+
+    def as_document(self, **content: Any) -> StageResult:
+        """Itself with a document for machines: what became of each case, and ``content`` (JSON types)."""
+        cases = {o.case_id: {"status": o.status, "message": o.message, "exit_code": o.exit_code} for o in self.outcomes}
+        document = {"stage": self.stage, "cases": cases, **content}
+        return dataclasses.replace(self, document=document)
 
     def counts(self) -> str:
         """For example ``3 done, 1 failed``."""

@@ -46,7 +46,8 @@ def demo(samples: Path, output: Path, *, execution: Execution = Execution()) -> 
     ).require_complete()
     log.info("demo 2/3: radiomics, training and fit, without any label")
     bundle = output / "bundle.safetensors"
-    make_bundle(Store(output / "train"), output / "run", bundle, plan, execution=execution)
+    training = Store(output / "train")
+    make_bundle(training, output / "run", bundle, plan, execution=execution)
     log.info("demo 3/3: new scans (%s) with this model", manifests["test"])
     return run(
         None,
@@ -54,5 +55,6 @@ def demo(samples: Path, output: Path, *, execution: Execution = Execution()) -> 
         RunConfig(salt=SALT),
         model=bundle,
         manifest=manifests["test"],
+        pictures=(output / "run", training.fit_dir(plan.cluster.name)),
         execution=execution,
     )

@@ -58,6 +58,7 @@ def evaluate(
     id_map: Path | None = None,
     patients: Path | None = None,
     images: Path | None = None,
+    as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Score predictions of one or several methods and write tables, pictures and figures into ``output``.
@@ -76,6 +77,8 @@ def evaluate(
         CSV with columns case and patient, for folders.
     images : folder, optional
         CT scans named like the cases, for the pictures of the worst pairs; a store has its own.
+    as_json : bool
+        The result's document holds what became of each case and the figures of ``summary.json``.
 
     Returns
     -------
@@ -141,7 +144,7 @@ def evaluate(
         write_text(output / "comparison.md", comparison_markdown(comparison))
         write_text(output / "comparison.tex", comparison_latex(comparison))
         tables.append(comparison_rich_table(comparison))
-    return StageResult(
+    result = StageResult(
         "evaluate",
         output,
         outcomes,
@@ -150,6 +153,7 @@ def evaluate(
         values={"summary": figures},
         verdict=PartialError.exit_code if any(o.status == FAILED for o in outcomes) else None,
     )
+    return result.as_document(summary=figures) if as_json else result
 
 
 def _has_dicom(plan: ScoringPlan) -> bool:

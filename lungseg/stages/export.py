@@ -13,10 +13,12 @@ from lungseg.config.execution import Execution
 from lungseg.config.refine import RefineConfig
 from lungseg.errors import InputError
 from lungseg.report.colour_tables import itksnap_labels, slicer_colour_table
+from lungseg.report.dicom_measurements import measured_regions
 from lungseg.report.overlays import preview_figure_png
 from lungseg.report.quantity_tables import CaseQuantities, long_csv, quantities_dict, wide_csv
 from lungseg.scan.archives import local_files
 from lungseg.scan.dicom_seg_write import require_highdicom, write_segmentation
+from lungseg.scan.dicom_sr_write import write_measurements
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import Source, search
 from lungseg.scan.volume import Geometry
@@ -46,6 +48,8 @@ class ExportOptions:
     """Series by the hash of their identity (see :func:`dicom_series_by_identity`): a DICOM-SEG of each case."""
     posteriors: bool = False
     """Posterior of each tissue too."""
+    measurements: bool = False
+    """The numbers as a DICOM structured report beside each DICOM-SEG."""
 
 
 def dicom_series_by_identity(place: Path, store: Store) -> dict[str, Source]:
@@ -142,6 +146,8 @@ def _export_one(
         if options.dicom is not None and (refusal := _write_dicom_seg(volume, whole, full, folder, source)):
             offer = f"no DICOM-SEG: {refusal}. Its label map is there as NIfTI ({case_id}.nii.gz)"
             return FAILED, offer, numbers
+        if options.measurements and (refusal := _write_dicom_sr(case_id, numbers, folder)):
+            return FAILED, f"no DICOM-SR: {refusal}. Its numbers are in quantification.csv", numbers
         return DONE, "", numbers
 
 
@@ -174,7 +180,8 @@ def _write_dicom_seg(volume: Artefact, labels: np.ndarray, grid: Geometry, folde
     """Write ``<case_id>.seg.dcm``; returns why it cannot be written, without names, or ''."""
     facts = volume.provenance
     path = folder / f"{facts['case_id']}.seg.dcm"
-    path.unlink(missing_ok=True)  # of another run: its UIDs are not those of this map
+    for file in (path, folder / f"{facts['case_id']}.sr.dcm"):
+        file.unlink(missing_ok=True)  # of another run: its UIDs are not those of this map
     if source is None or source.series is None:
         return (
             "no series below --source is the scan that this case was made of (give what preprocess was given: more or "
@@ -188,4 +195,13 @@ def _write_dicom_seg(volume: Artefact, labels: np.ndarray, grid: Geometry, folde
             write_segmentation(path, labels, grid, series, files, status=facts.get("status", ()), **stored)
     except InputError as error:
         return source.hide(str(error)).rstrip(".")
+    return ""
+
+
+def _write_dicom_sr(case_id: str, numbers: CaseQuantities, folder: Path) -> str:
+    """Write ``<case_id>.sr.dcm`` about ``<case_id>.seg.dcm``; returns why it cannot be written, or ''."""
+    try:
+        write_measurements(folder / f"{case_id}.sr.dcm", measured_regions(numbers), folder / f"{case_id}.seg.dcm")
+    except InputError as error:
+        return str(error).rstrip(".")
     return ""

@@ -60,13 +60,18 @@ def find_model(path: Path) -> Path:
 
 
 def _fit_json(fitted: NamedFit) -> dict[str, Any]:
-    """What ``clusters.json`` says: every component's name, statistics and the rule that fired."""
-    components = []
+    """What ``clusters.json`` says."""
+    return {"provenance": fitted.provenance, "components": components(fitted)}
+
+
+def components(fitted: NamedFit) -> list[dict[str, Any]]:
+    """Every component's name, statistics and the rule that fired, as JSON types."""
+    rows = []
     for name in fitted.names:
         row = {key: _json_number(value) for key, value in vars(name).items() if key not in ("tissue", "votes")}
         votes = {TISSUES[tissue].name: round(float(share), 6) for tissue, share in name.votes.items()}
-        components.append({**row, "tissue": TISSUES[name.tissue].name, "votes": votes})
-    return {"provenance": fitted.provenance, "components": components}
+        rows.append({**row, "tissue": TISSUES[name.tissue].name, "votes": votes})
+    return rows
 
 
 def _json_number(value: Any) -> Any:
@@ -82,14 +87,16 @@ def _fit_from(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
     return NamedFit(MixtureFit.from_arrays(arrays), tuple(names), dict(description["provenance"]))
 
 
-def write_fit(folder: Path, fitted: NamedFit) -> None:
-    """Write a fit as a folder ``fits/<name>``, whole or not at all."""
+def write_fit(folder: Path, fitted: NamedFit, pictures: Mapping[str, bytes] | None = None) -> None:
+    """Write a fit as a folder ``fits/<name>``, with pictures by their file names, whole or not at all."""
     from safetensors.numpy import save
 
     with atomic_path(folder) as partial:
         partial.mkdir()
         (partial / "mixture.safetensors").write_bytes(save(_saveable(fitted.mixture)))
         write_json(partial / "clusters.json", _fit_json(fitted))
+        for name, picture in (pictures or {}).items():
+            (partial / name).write_bytes(picture)
 
 
 def _saveable(mixture: MixtureFit) -> dict[str, np.ndarray]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,14 +10,14 @@ from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.config.refine import RefineConfig
 from lungseg.errors import InputError, UsageError
-from lungseg.report.quantity_tables import CaseQuantities, quantities_dict
+from lungseg.report.quantity_tables import quantities_dict
 from lungseg.report.summary import CaseSummary, shares_table
 from lungseg.segmentation.compatibility import check_hu_compatibility
 from lungseg.segmentation.density import smooth_hu
 from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
 from lungseg.segmentation.sobel_fusion import posterior_labels, remove_small_components, sobel_diffusion_fusion
 from lungseg.stages.case_maps import posterior_by_tissue, source_labels
-from lungseg.stages.cohort import DONE, FAILED, SKIPPED, CaseOutcome, StageResult, output_folder, run_cases
+from lungseg.stages.cohort import DONE, FAILED, SKIPPED, StageResult, output_folder, run_cases
 from lungseg.stages.export import ExportOptions, dicom_series_by_identity, export_cases
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
@@ -41,6 +38,7 @@ def refine(
     export: Path | None = None,
     lobe_mask: Path | None = None,
     dicom_seg: bool = False,
+    dicom_sr: bool = False,
     source: Path | None = None,
     posteriors: bool = False,
     as_json: bool = False,
@@ -63,6 +61,8 @@ def refine(
     source : path, optional
         Folder with those series. A case whose series is not there, or cannot be referred to, has failed; its other
         files are written all the same.
+    dicom_sr : bool
+        With ``dicom_seg``: the numbers as a DICOM structured report too, ``<case_id>.sr.dcm``, of those segments.
     posteriors : bool
         Write ``posteriors/<case_id>-<tissue>.nii.gz`` too: percent, on the source scan's grid.
     as_json : bool
@@ -90,12 +90,15 @@ def refine(
         raise UsageError("--lobe-mask, --dicom-seg and --posteriors belong to what --export DIR writes")
     if dicom_seg != (source is not None):
         raise UsageError("--dicom-seg and --source DICOM_DIR go together: a DICOM-SEG refers to the images of a series")
+    if dicom_sr and not dicom_seg:
+        raise UsageError("--dicom-sr needs --dicom-seg: its measurements refer to the segments of that file")
     if lobe_mask and Path(lobe_mask).is_file() and len(case_ids) > 1:
         raise UsageError(f"--lobe-mask: one file for {len(case_ids)} cases; give a folder of <case_id>.nii.gz")
     options = ExportOptions(
         lobe_mask=Path(lobe_mask) if lobe_mask else None,
         dicom=dicom_series_by_identity(Path(source), store) if source else None,
         posteriors=posteriors,
+        measurements=dicom_sr,
     )
     folder = output_folder(Path(export)) if export else None
     outcomes = run_cases(
@@ -104,32 +107,20 @@ def refine(
     )  # fmt: skip
     result = StageResult("refine", store.path, outcomes)
     if folder is None:
-        return dataclasses.replace(result, document=_document(outcomes) if as_json else None)
+        return result.as_document() if as_json else result
     exported = export_cases(store, result.complete(), config, folder, options, execution=execution)
     failed = {o.case_id: o for o in exported if o.status == FAILED}
     outcomes = tuple(failed.get(o.case_id, o) for o in outcomes)
     quantities = {o.case_id: o.value for o in exported if o.value is not None}
-    return StageResult(
+    result = StageResult(
         "refine",
         folder,
         outcomes,
         tables=(shares_table([CaseSummary(case_id, found) for case_id, found in quantities.items()]),),
         notes=(f"label maps, pictures and numbers: {folder}",),
         values={"quantities": quantities},
-        document=_document(outcomes, quantities) if as_json else None,
     )
-
-
-def _document(
-    outcomes: Sequence[CaseOutcome], quantities: Mapping[str, CaseQuantities] | None = None
-) -> dict[str, Any]:
-    """JSON types: what became of each case, and the numbers that were exported."""
-    cases = {
-        outcome.case_id: {"status": outcome.status, "message": outcome.message, "exit_code": outcome.exit_code}
-        for outcome in outcomes
-    }
-    numbers = {"quantification": quantities_dict(quantities)} if quantities is not None else {}
-    return {"stage": "refine", "cases": cases, **numbers}
+    return result.as_document(quantification=quantities_dict(quantities)) if as_json else result
 
 
 def _refine_one(case_id: str, store: Store, config: RefineConfig, overwrite: bool) -> tuple[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lungseg import __version__
 from lungseg.config.execution import Execution
 from lungseg.config.report import ReportConfig
 from lungseg.errors import InputError, UsageError
+from lungseg.report.agreement import Agreement
 from lungseg.report.case_page import case_page
 from lungseg.report.density import Histogram
 from lungseg.report.overlays import preview_figure_png
@@ -26,17 +28,37 @@ from lungseg.scan.volume import Geometry
 from lungseg.stages.case_maps import case_quantities, find_lobe_mask, read_lobes, source_labels
 from lungseg.stages.cohort import DONE, FAILED, CaseReturn, StageResult, output_folder, run_cases
 from lungseg.stages.export import write_tables
+from lungseg.stages.pictures import MAX_PAGE_BYTES, WORST_PAIRS, stage_pictures
+from lungseg.stages.report_scores import read_agreement
 from lungseg.store.atomic import write_bytes, write_text
 from lungseg.store.cases import Store
 from lungseg.store.reader import Artefact
 from lungseg.tissue import OUTSIDE
 
-MAX_PICTURE_BYTES = 2 * 2**20
-"""Larger pictures of other stages are left out of the page."""
-PICTURE_FOLDERS = {"scores": "Evaluation", "model": "Training"}
+FOLDERS = {"scores": "Evaluation", "model": "Training", "synthetic": "Synthesis"}
 """Folders beside the store, as `lungseg run` makes them, whose pictures the page shows."""
 SURE = 128
 """Confidence (0 to 255) from which a label has a posterior of at least one half."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What other stages left beside a store."""
+
+    scores: Path | None = None
+    """Output folder of `evaluate`."""
+    asked: bool = False
+    """The user named ``scores``."""
+    pictures: tuple[tuple[str, Path], ...] = ()
+    """Titles and folders of pictures."""
+
+    @classmethod
+    def found(cls, place: Path, pictures: Sequence[Path] = (), *, scores: Path | None = None) -> Beside:
+        """In the folder that `run` makes, and what was named besides."""
+        own = [(title, place / name) for name, title in FOLDERS.items() if name != "scores"]
+        return cls(
+            scores or place / "scores", scores is not None, (*own, *(("More", Path(folder)) for folder in pictures))
+        )
 
 
 def report(
@@ -45,6 +67,8 @@ def report(
     config: ReportConfig = ReportConfig(),
     *,
     lobe_mask: Path | None = None,
+    scores: Path | None = None,
+    pictures: Sequence[Path] = (),
     as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
@@ -53,25 +77,35 @@ def report(
     Parameters
     ----------
     results : store or path
-        A patch store with label maps, or a folder that `lungseg run` has made: its pictures of training and
-        evaluation are shown too.
+        A patch store with label maps, or a folder that `lungseg run` has made: its scores, and the pictures of its
+        training and evaluation, are shown too.
     output : Path
-        Folder: ``index.html``, ``cases/<case_id>.html``, ``previews/<case_id>.png``, and the tables of `refine`.
+        Folder: ``index.html``, ``cases/<case_id>.html``, ``previews/<case_id>.png``, ``pictures/``, the evaluation's
+        ``worst.html``, and the tables of `refine`.
     config : ReportConfig
     lobe_mask : path, optional
         As for :func:`lungseg.stages.refine.refine`.
+    scores : path, optional
+        Output folder of `evaluate`: scores beside the numbers of each scan.
+    pictures : sequence of paths
+        Folders whose pictures are shown: a training run, ``fits/<name>``, a store of `synthesize`.
     as_json : bool
         The result's document holds the ranking and all numbers.
 
     Raises
     ------
     InputError
-        If no case has a label map under this name.
+        If no case has a label map under this name, a folder is not there, or ``scores`` holds none of this map.
     """
     store = results if isinstance(results, Store) else _find_store(Path(results))
     place = store.path.parent if isinstance(results, Store) else Path(results)
+    shown = [Path(folder) for folder in pictures or ()]
+    for folder in shown:
+        if not folder.is_dir():
+            raise InputError(f"--pictures {folder}: no such folder")
+    beside = Beside.found(place, shown, scores=Path(scores) if scores else None)
     lobes = Path(lobe_mask) if lobe_mask else None
-    result = report_pages(store, Path(output), config, lobe_mask=lobes, pictures=place, execution=execution)
+    result = report_pages(store, Path(output), config, lobe_mask=lobes, beside=beside, execution=execution)
     return result if as_json else dataclasses.replace(result, document=None)
 
 
@@ -81,7 +115,7 @@ def report_pages(
     config: ReportConfig,
     *,
     lobe_mask: Path | None = None,
-    pictures: Path | None = None,
+    beside: Beside | None = None,
     quantities: Mapping[str, CaseQuantities] | None = None,
     execution: Execution = Execution(),
 ) -> StageResult:
@@ -91,8 +125,8 @@ def report_pages(
     ----------
     store, output, config, lobe_mask, execution
         As for :func:`report`.
-    pictures : Path, optional
-        Folder whose pictures of training and evaluation are shown.
+    beside : Beside, optional
+        What other stages left, to be shown too.
     quantities : mapping of case id to CaseQuantities, optional
         Numbers counted already by `refine` with the same settings, so that they are not counted again.
     """
@@ -101,10 +135,12 @@ def report_pages(
         raise InputError(f"store {store.path} has no label map '{config.name}': run lungseg refine {store.path} first")
     if lobe_mask and lobe_mask.is_file() and len(case_ids) > 1:
         raise UsageError(f"--lobe-mask: one file for {len(case_ids)} cases; give a folder of <case_id>.nii.gz")
+    beside = beside or Beside()
+    agreement = read_agreement(beside.scores, config.name, asked=beside.asked) if beside.scores else {}
     folder = output_folder(output)
     for part in ("cases", "previews"):
         output_folder(folder / part)
-    items = [(case_id, (quantities or {}).get(case_id)) for case_id in case_ids]
+    items = [(case_id, (quantities or {}).get(case_id), agreement.get(case_id)) for case_id in case_ids]
     outcomes = run_cases(
         _report_one, items, store, config, folder, lobe_mask,
         names=case_ids, title="report", execution=execution,
@@ -115,7 +151,8 @@ def report_pages(
         summaries,
         title=config.title,
         left_out=left_out,
-        pictures=_pictures(pictures) if pictures else [],
+        pictures=_pictures(store, config.name, beside, folder),
+        worst_pairs=_worst_pairs(beside, folder),
         provenance=[("lungseg", __version__), ("label maps", config.name), ("store", store.header["provenance"])],
     )
     write_text(folder / "index.html", page)
@@ -134,25 +171,34 @@ def _find_store(path: Path) -> Store:
     return Store(path)  # says what is wrong
 
 
-def _pictures(folder: Path) -> list[Picture]:
-    """Pictures that other stages left beside the store."""
-    found = []
-    for name, title in PICTURE_FOLDERS.items():
-        for path in sorted((folder / name).glob("*.png")):
-            if path.stat().st_size <= MAX_PICTURE_BYTES:
-                found.append(Picture(f"{title}: {path.stem.replace('_', ' ').replace('-', ' ')}", path.read_bytes()))
-    return found
+def _pictures(store: Store, name: str, beside: Beside, output: Path) -> list[Picture]:
+    """Pictures that other stages left, written below ``output`` too, where they can be looked at in full size."""
+    folders = [("Evaluation", beside.scores)] if beside.scores else []
+    shown = stage_pictures([*folders, ("Clustering", store.fit_dir(name)), *beside.pictures])
+    for picture in shown:
+        output_folder((output / picture.address).parent)
+        write_bytes(output / picture.address, picture.png)
+    return shown
+
+
+def _worst_pairs(beside: Beside, output: Path) -> str:
+    """Copy the page of the worst class-case pairs; its address, or '' if there is none."""
+    path = beside.scores / WORST_PAIRS if beside.scores else None
+    if path is None or not path.is_file() or path.stat().st_size > MAX_PAGE_BYTES:
+        return ""
+    write_bytes(output / WORST_PAIRS, path.read_bytes())
+    return WORST_PAIRS
 
 
 def _report_one(
-    item: tuple[str, CaseQuantities | None],
+    item: tuple[str, CaseQuantities | None, Agreement | None],
     store: Store,
     config: ReportConfig,
     folder: Path,
     lobe_mask: Path | None,
 ) -> CaseReturn:
     """Write one scan's page and preview; gives back its summary."""
-    case_id, quantities = item
+    case_id, quantities, agreement = item
     if not store.case_file(case_id, "labels", config.name).exists():
         return FAILED, f"no label map '{config.name}' yet: run lungseg refine {store.path}"
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", config.name) as artefact:
@@ -182,6 +228,7 @@ def _report_one(
         stack.thumbnail,
         100.0 * doubtful / num_lung if num_lung else None,
         f"cases/{case_id}.html",
+        agreement,
     )
     page = case_page(
         summary, stack, histogram=histogram, preview=preview, spacing_z_mm=spacing[0], provenance=made,
@@ -248,10 +295,13 @@ def _document(summaries: list[CaseSummary], left_out: Mapping[str, str]) -> dict
     ranking = [
         {
             "case": summary.case_id,
+            "why": summary.why,
             "finding": summary.finding,
             "cautions": summary.cautions,
             "uncertain_pct": summary.uncertain_pct,
             "page": summary.page,
+            "mean_dice": summary.agreement.dice if summary.agreement else None,
+            "mean_hd95_mm": summary.agreement.hd95_mm if summary.agreement else None,
         }
         for summary in ranked(summaries)
     ]

@@ -30,7 +30,7 @@ from lungseg.stages.extract_radiomics import extract_radiomics
 from lungseg.stages.fits import find_model, fitted_settings
 from lungseg.stages.preprocess import preprocess
 from lungseg.stages.refine import refine
-from lungseg.stages.report import report_pages
+from lungseg.stages.report import Beside, report_pages
 from lungseg.stages.train_ddpm import train_ddpm
 from lungseg.store.cases import Store
 
@@ -54,13 +54,15 @@ def run(
     series: Sequence[str] = (),
     lung_mask: Path | str | None = None,
     train: bool = False,
+    pictures: Sequence[Path] = (),
     execution: Execution = Execution(),
 ) -> StageResult:
     """From scans to label maps, numbers and pictures in ``output``.
 
     ``output/store`` is the patch store, ``output/results`` holds what ``refine --export`` writes, ``output/report`` the
     pages of ``report``, ``output/scores`` the evaluation if the manifest names references, and with ``train``
-    ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit.
+    ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit. The page shows the
+    pictures of all of them, of the run that ``model`` lies in, and of the folders ``pictures``.
 
     Raises
     ------
@@ -94,12 +96,18 @@ def run(
         scored = evaluate(store, output / "scores", plan.evaluate, execution=execution)
     results = [prepared, clustered, refined]
     if refined.complete():
+        beside = Beside.found(output, [*_training_of(source), *(pictures or ())])
         pages = report_pages(
-            store, output / "report", plan.report, pictures=output, quantities=refined.values["quantities"],
+            store, output / "report", plan.report, beside=beside, quantities=refined.values["quantities"],
             execution=execution,
         )  # fmt: skip
         results.append(dataclasses.replace(pages, notes=(*refined.notes, *pages.notes)))
     return _merged(output, results, scored)
+
+
+def _training_of(model: Path) -> list[Path]:
+    """The training run that a model lies in, if it does."""
+    return [model.parent] if (model.parent / "stats.jsonl").is_file() else []
 
 
 def _merged(output: Path, results: Sequence[StageResult], scored: StageResult | None = None) -> StageResult:

@@ -16,6 +16,7 @@ from lungseg.scan.volume import Geometry
 from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, limited_threads
 from lungseg.stages.fits import find_model
 from lungseg.stages.progress import progress
+from lungseg.stages.sample_pictures import real_patches, summarised
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.schema import make_provenance, write_artefact
@@ -27,23 +28,38 @@ def synthesize(
     output: Path,
     config: SynthesizeConfig = SynthesizeConfig(),
     *,
+    real: Path | None = None,
+    as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Draw ``config.num`` patches, one case each, conditioned on a patch that is all lung.
 
-    Patch i depends on the model, the seed and i only; complete ones are kept, so the same call resumes.
+    Patch i depends on the model, the seed and i only; complete ones are kept, so the same call resumes. The picture
+    ``samples.png`` in ``output`` shows some of them.
+
+    Parameters
+    ----------
+    model, output : path
+        Training run or its ``model.safetensors``; store of the patches.
+    config : SynthesizeConfig
+    real : path, optional
+        Patch store: as many of its patches, picked by the seed among those with most lung, are shown and counted
+        beside the drawn ones.
+    as_json : bool
+        The result's document holds what became of each patch and the Hounsfield units of all.
 
     Raises
     ------
     UsageError
         If more solver steps are asked for than the diffusion has.
     MismatchError
-        If ``output`` holds patches of another model or other settings.
+        If ``output`` holds patches of another model or other settings, or ``real`` those of another size or spacing.
     """
     device = resolve_device(execution.device)
     student = load_student(find_model(Path(model)), device=device)
     spacing = float(student.card["spacing_mm"])
     patch = student.config.patch_size
+    beside = real_patches(Store(Path(real)), patch, spacing, num=config.num, seed=config.seed) if real else None
     shared = {"spacing_mm": spacing, "patch_size": list(patch), "salt": ""}
     replace = execution.overwrite
     made_by = "synthetic: drawn from a model"
@@ -63,7 +79,7 @@ def synthesize(
                         _write(store, i, image, wanted, spacing)
                 outcomes.append(CaseOutcome(_case_id(i), DONE if i in missing else SKIPPED))
             advance(len(indices), "")
-    return StageResult("synthesize", store.path, tuple(outcomes), notes=(f"patch store: {store.path}",))
+    return summarised(store, outcomes, beside, spacing, as_json=as_json)
 
 
 def _case_id(index: int) -> str:

@@ -32,6 +32,7 @@ from lungseg.stages.launch import as_error, launch, remove_errors, world
 from lungseg.stages.training_cases import MIN_PATIENTS, held_out_cases, patients_of
 from lungseg.stages.training_estimate import advice, summary
 from lungseg.stages.training_loop import Material, Seat, TrainingLoop
+from lungseg.stages.training_summary import summarised
 from lungseg.store.atomic import PARTIAL, canonical_json, disk_errors, read_json, write_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
@@ -48,12 +49,14 @@ def train_ddpm(
     output: Path,
     config: TrainConfig = TrainConfig(),
     *,
+    as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
     """Train a diffusion model on the training cases of a store.
 
     ``output`` becomes a run folder: ``config.json``, ``stats.jsonl``, ``checkpoint-<images>.pt`` (the last two) and,
-    when done, ``model.safetensors``. A finished run is left as it is.
+    when done, ``model.safetensors``. A finished run is left as it is. With ``as_json`` the result's document holds the
+    first and last figures of the run.
 
     Raises
     ------
@@ -73,10 +76,11 @@ def train_ddpm(
     if execution.gpus > 1 and "RANK" not in os.environ:
         _check_shares(config, execution.gpus)
         result: StageResult = launch(train_ddpm, store.path, output, config, folder=output, execution=execution)
-        return result
+        return summarised(result, as_json=as_json)
     with world(execution) as (rank, size, device):
         _check_shares(config, size)
-        return _Run(store, output, config, seat=Seat(rank, size, device), execution=execution).train()
+        result = _Run(store, output, config, seat=Seat(rank, size, device), execution=execution).train()
+        return summarised(result, as_json=as_json)
 
 
 def _make_folder(output: Path) -> None:

@@ -118,7 +118,7 @@ def test_dry_run_shows_what_was_typed() -> None:
         "--dry-run",
     )  # fmt: skip
     plan = json.loads(result.stdout)
-    assert plan["paths"] == {"store": "cohort", "output": "run"}
+    assert plan["paths"] == {"store": "cohort", "output": "run", "as_json": False}
     assert plan["config"]["patch_size"] == [16, 32, 32]
     assert plan["config"]["flips"] is False
     assert plan["config"]["learning_rate"] == 0.001
@@ -138,8 +138,11 @@ def test_dry_run_shows_what_was_typed() -> None:
     assert plan["paths"]["series"] == ["k1,k2", "k3"]
     assert plan["paths"]["check"] is True
     plan = json.loads(call("cluster", "s", "--model", "m", "--fit-only", "--pca", "none", "--dry-run").stdout)
-    assert plan["paths"] == {"store": "s", "model": "m", "fit": None, "bundle": None, "fit_only": True}
+    switches = {"fit_only": True, "as_json": False}
+    assert plan["paths"] == {"store": "s", "model": "m", "fit": None, "bundle": None, **switches}
     assert plan["config"]["pca"] is None
+    plan = json.loads(call("report", "s", "-o", "x", "--pictures", "a", "--pictures", "b", "--dry-run").stdout)
+    assert plan["paths"]["pictures"] == ["a", "b"]
 
 
 def toml(tmp_path: Path, text: str) -> str:

@@ -29,8 +29,12 @@ from pydicom.dataset import Dataset
 from typer.testing import CliRunner
 
 from lungseg.cli.app import app
+from lungseg.report.dicom_measurements import measured_regions
+from lungseg.report.quantify import quantify
+from lungseg.report.quantity_tables import CaseQuantities
 from lungseg.scan.dicom import find_series, read_series, write_dicom_series
 from lungseg.scan.dicom_seg_write import write_segmentation
+from lungseg.scan.dicom_sr_write import write_measurements
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.store.cases import Store, read_id_map
 
@@ -406,8 +410,10 @@ def test_canaries_reach_nothing_that_the_whole_pipeline_makes(scans: Path, tmp_p
              "--id-map", ids, "-v"),
         call("refine", out / "store", "--export", tmp_path / "export", "--overwrite", "-v"),
         call("evaluate", out / "store", "-o", tmp_path / "scores"),
-        call("report", out, "-o", tmp_path / "report", "--num-slices", "4", "--width-px", "96", "-v"),
-        call("synthesize", out / "model", "-o", tmp_path / "synthetic", "--num", "2", "--steps", "2"),
+        call("synthesize", out / "model", "-o", tmp_path / "synthetic", "--num", "2", "--steps", "2",
+             "--real", out / "store"),
+        call("report", out, "-o", tmp_path / "report", "--num-slices", "4", "--width-px", "96", "-v",
+             "--scores", tmp_path / "scores", "--pictures", tmp_path / "synthetic"),
         call("info", out / "store"), call("info", out / "bundle.safetensors"), call("doctor", out / "store"),
     ]  # fmt: skip
     for result in results:
@@ -423,7 +429,7 @@ def test_canaries_reach_nothing_that_the_whole_pipeline_makes(scans: Path, tmp_p
     assert not header[4:32].strip(b"\0")
 
 
-def test_a_dicom_seg_carries_of_the_patient_what_the_standard_asks_for_and_no_more(
+def test_dicom_objects_carry_of_the_patient_what_the_standard_asks_for_and_no_more(
     scans: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Type 1 and 2 of the patient and study, so that an archive files it with its images; asked for by --dicom-seg."""
@@ -436,14 +442,18 @@ def test_a_dicom_seg_carries_of_the_patient_what_the_standard_asks_for_and_no_mo
         path, labels, volume.geometry, series, series.files,
         stored_axes=volume.stored_axes, stored_flips=volume.stored_flips,
     )  # fmt: skip
-    found = pydicom.dcmread(path)
+    report = tmp_path / "case-1.sr.dcm"
+    rows = quantify(labels, labels > 0, volume.array, spacing_mm=volume.geometry.spacing_mm)
+    write_measurements(report, measured_regions(CaseQuantities(tuple(rows))), path)
     of_patient_and_study = {
         "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime",
         "StudyID", "AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "PositionReferenceIndicator",
     }  # fmt: skip
-    of_images = {"ReferencedSOPInstanceUID", "SeriesInstanceUID"}  # UIDs of what it refers to
+    # UIDs of what it refers to; that of the series is a content item of the report
+    of_images = {"ReferencedSOPInstanceUID", "SeriesInstanceUID", "UID"}
     seen = set()
-    for element in (*found.file_meta, *found.iterall()):
+    read = [pydicom.dcmread(file) for file in (path, report)]
+    for element in (element for found in read for element in (*found.file_meta, *found.iterall())):
         text = f"{element.value!r}" if element.VR != "SQ" else ""
         if any(canary in text for canary in CANARIES):
             seen.add(element.keyword)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from browser import find_browser, opened
 from PIL import Image
 
+from lungseg.evaluation.scores import ClassScore
+from lungseg.report.agreement import Agreement
 from lungseg.report.case_page import case_page
 from lungseg.report.density import Histogram
 from lungseg.report.html import data_block, document, tag
@@ -124,12 +128,62 @@ def test_the_worst_scan_is_told_first_and_why() -> None:
     reader = Reader(cohort(left_out={"lost": "no label map yet"}, pictures=[Picture("Training: loss", b"png")]))
     text = " ".join(reader.text.split())
     assert re.search(r"Most affected scan severe 13 % of the lung is abnormal: consolidation 13 %\.", text)
-    assert text.index("severe 13") < text.index("mild ") < text.index("cut No numbers: the lung is cut")
+    assert text.index("severe 13") < text.index("mild ") < text.index("cut 3. no numbers: the lung is cut")
     assert "lost : no label map yet" in text
     assert "Training: loss" in text
     order = [a["data-value"] for n, a in reader.elements if n == "th" and a.get("scope") == "row"]
     assert order == ["severe", "mild", "cut"]
+    assert "1. 13 % abnormal, most of it consolidation" in text
     assert [s.case_id for s in ranked([summary("b", 0), summary("a", 0)])] == ["a", "b"]
+
+
+def pair(
+    tissue: str, status: str, dice: float, hd95: float, *, reference: float = 10.0, mapped: float = 9.0
+) -> ClassScore:
+    """Scores of one class in mL and mm."""
+    return ClassScore(
+        "case", "patient", tissue, status, dice, dice, dice, dice, reference, mapped, mapped - reference, hd95, hd95,
+        surface_dice=dice,
+    )  # fmt: skip
+
+
+GOOD = (pair("healthy", "scored", 0.9, 2.0), pair("ggo", "scored", 0.8, 6.0))
+BAD = (
+    pair("healthy", "scored", 0.7, 3.0), pair("ggo", "missed", 0.0, math.nan, mapped=0.0),
+    pair("fibrosis", "false tissue", math.nan, math.nan, reference=0.0, mapped=4.0),
+)  # fmt: skip
+
+
+def evaluated(case_id: str, scores: tuple[ClassScore, ...]) -> CaseSummary:
+    return dataclasses.replace(summary(case_id, 5), agreement=Agreement(scores))
+
+
+def test_scores_stand_beside_the_numbers_and_the_least_agreeing_scan_is_told() -> None:
+    good, bad = evaluated("good", GOOD), evaluated("bad", BAD)
+    page = cohort_page([good, bad, summary("plain", 2)], title="t", worst_pairs="worst.html")
+    reader = Reader(page)
+    text = " ".join(reader.text.split())
+    assert "Least like its reference: bad , mean DSC 0.35, ground glass missed." in text
+    assert ("a", {"href": "worst.html"}) in reader.elements
+    cells = [a for n, a in reader.elements if n == "td" and a.get("data-label") == "Mean DSC"]
+    assert [c["data-value"] for c in cells] == ["0.35", "0.85", ""]  # equally affected scans go by name
+    assert cells[2]["title"] == "not evaluated"
+    hd95 = [a["data-value"] for n, a in reader.elements if n == "td" and a.get("data-label") == "Mean HD95 mm"]
+    assert hd95 == ["3", "4", ""]  # missed pairs have none, false tissue counts nowhere
+    assert "Mean DSC" not in cohort()
+    scan = " ".join(Reader(page_of(bad, 5)).text.split())
+    assert "Mean DSC 0.35, ground glass missed. Class Result DSC" in scan
+    assert "Ground glass missed 0.00 \u2013 0.00 10.0 0.0" in scan
+    assert "Fibrosis false tissue \u2013 \u2013 \u2013 0.0 4.0" in scan
+
+
+def test_why_names_the_number_the_score_and_the_caution() -> None:
+    one = evaluated("one", (pair("ggo", "scored", 0.4, 2.0),))
+    first, score, caution = one.why.split("; ", 2)
+    assert re.fullmatch(r"\d+ % abnormal, most of it consolidation", first)
+    assert score == "mean DSC 0.40, ground glass 0.40"
+    assert caution.startswith("look out: ")
+    assert "DSC" not in evaluated("one", BAD[2:]).why
 
 
 def test_emphysema_that_the_map_misses_ranks_a_scan_and_is_told() -> None:
@@ -146,6 +200,10 @@ def test_emphysema_that_the_map_misses_ranks_a_scan_and_is_told() -> None:
     found = CaseSummary("found", CaseQuantities(tuple(quantify(labels, lungs, hu, spacing_mm=SPACING))))
     assert found.missed_emphysema_pct is None
     assert found.finding == "50 % of the lung is abnormal: emphysema 50 %."
+    assert not found.doubted_emphysema
+    hu[lungs == 2] = -900
+    doubted = CaseSummary("doubted", CaseQuantities(tuple(quantify(labels, lungs, hu, spacing_mm=SPACING))))
+    assert doubted.cautions == ["the map shows emphysema in 50 % of the lung, but LAA-950 is 0.0 %: look at it"]
 
 
 def test_numbers_that_cannot_be_had_are_blank_and_say_why() -> None:

@@ -28,7 +28,7 @@ def test_dicom_seg_of_each_case_holds_the_voxels_of_its_label_map(
 ) -> None:
     highdicom = pytest.importorskip("highdicom", reason="extra 'dicomseg' is not installed")
     out = tmp_path / "out"
-    call("refine", finished / "store", "--export", out, "--dicom-seg", "--source", manifest.parent)
+    call("refine", finished / "store", "--export", out, "--dicom-seg", "--dicom-sr", "--source", manifest.parent)
     for case_id in Store(finished / "store").case_ids():
         labels = read_image(out / f"{case_id}.nii.gz", integer=True)
         segmentation = highdicom.seg.segread(out / f"{case_id}.seg.dcm")
@@ -37,6 +37,10 @@ def test_dicom_seg_of_each_case_holds_the_voxels_of_its_label_map(
         world_lps = voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]
         index = np.rint(labels.geometry.to_index(world_lps @ LPS_TO_SPL.T)).astype(int)
         assert np.array_equal(np.unique(index, axis=0), np.argwhere(labels.array > 0))
+        report = highdicom.sr.srread(out / f"{case_id}.sr.dcm")
+        assert report.StudyInstanceUID == segmentation.StudyInstanceUID
+        groups = {g.tracking_identifier for g in report.content.get_volumetric_roi_measurement_groups()}
+        assert groups == {segment.SegmentLabel for segment in segmentation.SegmentSequence}
     files = {path.name for path in out.iterdir()}
     assert not [name for name in files if name.endswith(".partial")]
 
@@ -103,6 +107,7 @@ def test_names_and_colours_for_viewers(finished: Path) -> None:
 
 def test_dicom_seg_needs_its_source(finished: Path, tmp_path: Path) -> None:
     assert "go together" in call("refine", finished / "store", "--export", tmp_path / "o", "--dicom-seg", code=2)
+    assert "needs --dicom-seg" in call("refine", finished / "store", "--export", tmp_path / "o", "--dicom-sr", code=2)
     assert "--export" in call("refine", finished / "store", "--dicom-seg", "--source", tmp_path, code=2)
 
 

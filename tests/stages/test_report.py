@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 from lungseg.cli.app import app
 from lungseg.config import Execution, RefineConfig, ReportConfig
 from lungseg.errors import InputError
+from lungseg.evaluation.score_files import read_cases_csv
 from lungseg.stages.refine import refine
-from lungseg.stages.report import report, report_pages
+from lungseg.stages.report import Beside, report, report_pages
 from lungseg.store.cases import Store
 
 SMALL = ReportConfig(num_slices=6, width_px=96)
@@ -23,13 +25,14 @@ SMALL = ReportConfig(num_slices=6, width_px=96)
 @pytest.fixture(scope="module")
 def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
-    report(finished / "store", folder, SMALL, execution=QUIET).require_complete()
+    report(finished / "store", folder, SMALL, scores=finished / "scores", execution=QUIET).require_complete()
     return folder
 
 
 def test_every_scan_has_its_page_preview_and_numbers(finished: Path, pages: Path) -> None:
     case_ids = Store(finished / "store").case_ids()
     wanted = {"index.html", "quantification.csv", "quantification-wide.csv", "quantification.json"}
+    wanted |= {"pictures/1-boxplot.png", "pictures/2-embedding.png", "worst.html"}
     wanted |= {f"cases/{case_id}.html" for case_id in case_ids} | {f"previews/{case_id}.png" for case_id in case_ids}
     assert set(tree_hashes(pages)) == wanted
     index = (pages / "index.html").read_text(encoding="utf-8")
@@ -38,6 +41,7 @@ def test_every_scan_has_its_page_preview_and_numbers(finished: Path, pages: Path
         page = (pages / "cases" / f"{case_id}.html").read_text(encoding="utf-8")
         assert "layer-reference" in page  # the manifest names one
         assert "Research use only" in page
+        assert "Against the reference" in page
         assert str(finished) not in page
     assert str(finished) not in index
     # the numbers are those of the export
@@ -51,7 +55,7 @@ def test_the_same_report_gives_the_same_bytes_with_numbers_counted_before(
     done = refine(finished / "store", RefineConfig(), export=tmp_path / "files", execution=QUIET)
     again = report_pages(
         Store(finished / "store"), tmp_path / "again", SMALL, quantities=done.values["quantities"],
-        execution=Execution(quiet=True, jobs=2),
+        beside=Beside(finished / "scores"), execution=Execution(quiet=True, jobs=2),
     )  # fmt: skip
     assert again.exit_code == 0
     assert tree_hashes(tmp_path / "again") == tree_hashes(pages)
@@ -62,16 +66,42 @@ def test_a_folder_made_by_run_is_taken_with_its_pictures(copy: Path, tmp_path: P
     case_id = Store(copy / "store").case_ids()[0]
     Store(copy / "store").case_file(case_id, "labels", "diffseglung").unlink()
     arguments = ["report", copy, "-o", tmp_path / "out", "--num-slices", "4", "--width-px", "96", "--json", "-q"]
+    for folder in ("run", "synthetic"):
+        arguments += ["--pictures", copy / folder]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 8, result.output
     document = json.loads(result.stdout)
     assert list(document["left_out"]) == [case_id]
     (ranked,) = document["ranking"]
     assert set(document["quantification"]["cases"]) == {ranked["case"]}
+    rows = read_cases_csv((copy / "scores" / "cases.csv").read_text(encoding="utf-8"), what="t")["diffseglung"]
+    dice = [row.dice for row in rows if row.case_id == ranked["case"] and row.is_averaged]
+    assert ranked["mean_dice"] == pytest.approx(sum(dice) / len(dice))
+    assert f"mean DSC {ranked['mean_dice']:.2f}" in ranked["why"]
     index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert "Evaluation: worst cases" in index
+    for words in ("Evaluation: worst cases", "Clustering: what was clustered", "Training: losses and collapse",
+                  "Synthesis: drawn beside real patches", 'href="worst.html"'):  # fmt: skip
+        assert words in index
+    for address in re.findall(r'href="(pictures/[^"]+)"', index):
+        assert (tmp_path / "out" / address).read_bytes().startswith(b"\x89PNG")
     assert "Scans without a map" in index
     assert case_id in index
+
+
+def test_scores_of_another_map_are_refused_where_they_were_asked_for(copy: Path, tmp_path: Path) -> None:
+    table = copy / "scores" / "cases.csv"
+    table.write_text(table.read_text().replace("diffseglung,", "theirs,"), encoding="utf-8")
+    line = table.read_text().splitlines()[1]
+    with table.open("a", encoding="utf-8") as out:
+        out.write(line.replace("theirs,", "others,") + "\n")
+    with pytest.raises(InputError, match=r"holds scores of theirs, others, not of 'diffseglung'"):
+        report(copy / "store", tmp_path / "out", SMALL, scores=copy / "scores", execution=QUIET)
+    with pytest.raises(InputError, match=r"holds no cases\.csv"):
+        report(copy / "store", tmp_path / "out", SMALL, scores=copy / "store", execution=QUIET)
+    with pytest.raises(InputError, match="no such folder"):
+        report(copy / "store", tmp_path / "out", SMALL, pictures=[copy / "nowhere"], execution=QUIET)
+    report(copy, tmp_path / "found", SMALL, execution=QUIET).require_complete()  # found, not asked for: passed over
+    assert "Mean DSC" not in (tmp_path / "found" / "index.html").read_text(encoding="utf-8")
 
 
 def test_refine_prints_json_for_machines(finished: Path, tmp_path: Path) -> None:
