@@ -38,10 +38,11 @@ def synthesize(
     UsageError
         If more solver steps are asked for than the diffusion has.
     MismatchError
-        If ``output`` holds patches of another model or other settings.
+        If ``output`` holds patches of another model or other settings, or the model has no decoder.
     """
     device = resolve_device(execution.device)
     student = load_student(find_model(Path(model)), device=device)
+    student.require_decoder("synthesize")
     spacing = float(student.card["spacing_mm"])
     patch = student.config.patch_size
     shared = {"spacing_mm": spacing, "patch_size": list(patch), "salt": ""}
