@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from lungseg.store.atomic import write_bytes
 CARD_FIELDS = ("name", "data", "seeds", "licence", "limits", "figures")
 """What a model card says that the model does not know itself; `figures` is a table, the others are text."""
 INTENDED_USE = "research use only; not a medical device"
+WATCHED = ("held_out_diffusion", "held_out_regression", "effective_rank")
+"""Figures of the training that go into the card."""
 TRAINING_ONLY = ("workers", "cache_gib", "tensorboard")
 """Settings that a model does not keep."""
 
@@ -51,8 +54,8 @@ def export_model(
         File to write.
     config : ExportModelConfig
     card : path, optional
-        TOML file with any of ``CARD_FIELDS``. The training's command, images, cases and volumes (by fingerprint) are
-        always in the card, and so is the intended use.
+        TOML file with any of ``CARD_FIELDS``. The training's command, images, cases, volumes (by fingerprint) and last
+        figures are always in the card, and so is the intended use.
 
     Raises
     ------
@@ -82,6 +85,7 @@ def export_model(
         "command": training_command(student.config),
         "intended_use": INTENDED_USE,
         "precision": config.precision,
+        "training_figures": _last_figures(source.parent / "stats.jsonl"),
         "exported_from": student.fingerprint,
         **written,
     }
@@ -107,6 +111,15 @@ def export_model(
     if missing:
         notes.append(f"its model card does not state {', '.join(missing)}: give them with --card FILE.toml")
     return StageResult("export-model", output, notes=tuple(notes), values={"bytes": len(content), "change": change})
+
+
+def _last_figures(path: Path) -> dict[str, float]:
+    """The last of each of ``WATCHED`` in the figures of a training run; of a model without its run none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    figures: dict[str, float] = {}
+    for line in lines:
+        figures.update({name: value for name, value in json.loads(line).items() if name in WATCHED})
+    return figures
 
 
 def _read_card(path: Path) -> dict[str, Any]:

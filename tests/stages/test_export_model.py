@@ -91,6 +91,17 @@ def test_the_card_is_in_the_file(finished: Path, slim: Path) -> None:
     assert "decoder" in info(finished / "run" / "model.safetensors").values["holds"]
 
 
+def test_the_card_of_a_run_has_its_last_figures(copy: Path, tmp_path: Path) -> None:
+    lines = [
+        '{"images":8,"effective_rank":2.0,"held_out_diffusion":0.5}',
+        '{"images":16,"effective_rank":3.0,"rate":1}',
+    ]
+    (copy / "run" / "stats.jsonl").write_text("\n".join(lines) + "\n")
+    export_model(copy / "run", tmp_path / "m.safetensors", execution=QUIET)
+    card = read_model_file(tmp_path / "m.safetensors")[0]["card"]
+    assert card["training_figures"] == {"effective_rank": 3.0, "held_out_diffusion": 0.5}
+
+
 def test_same_export_gives_the_same_bytes_and_nothing_is_lost(finished: Path, slim: Path, tmp_path: Path) -> None:
     content, source = slim.read_bytes(), finished / "bundle.safetensors"
     export_model(source, slim, card=tmp_path / "card.toml", execution=QUIET)
