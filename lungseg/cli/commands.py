@@ -243,7 +243,6 @@ COMMANDS: tuple[Command, ...] = (
         ),
         RunConfig,
         (
-            "lungseg run dicom/ -o out",
             "lungseg run dicom/ -o out --model bundle.safetensors",
             "lungseg run dicom/ -o out --train --preset small --device cuda",
         ),
