@@ -17,7 +17,7 @@ PACKAGE = Path(str(lungseg.__file__)).parent
 TESTS = Path(__file__).parent
 ORDER = (
     "cli", "stages", "report", "evaluation", "segmentation", "diffusion", "radiomics", "store", "scan", "config",
-    "tissue", "errors",
+    "models", "tissue", "errors",
 )  # fmt: skip
 """Import only to the right; `tissue` and `errors` stand side by side."""
 MAX_LINES = 500

@@ -122,7 +122,8 @@ def _print_plan(command: Command, paths: Mapping[str, Any], config: Any, executi
         "config": to_dict(config) if config is not None else {},
     }
     if command.plan:
-        plan["stages"] = _load(command.plan)(config, model=paths.get("model"))
+        also = {"train": paths["train"]} if "train" in paths else {}
+        plan["stages"] = _load(command.plan)(config, model=paths.get("model"), **also)
     if command.estimate:
         plan["estimate"] = _load(command.estimate)(config, execution)
     typer.echo(json.dumps(plan, indent=2))

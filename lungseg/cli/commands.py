@@ -5,6 +5,7 @@ from __future__ import annotations
 from lungseg.cli.options import Command, PathOption
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
+from lungseg.config.export_model import ExportModelConfig
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
@@ -136,12 +137,33 @@ COMMANDS: tuple[Command, ...] = (
         ("device", "jobs", "dry_run", *_SAYING),
     ),
     Command(
+        "export-model",
+        "lungseg.stages.export_model:export_model",
+        "A trained model as the small file that is shared: for features, in half precision, with its model card.",
+        (
+            PathOption("model", "Training run, model.safetensors, or bundle (which keeps its fit).", required=True),
+            _output("File to write."),
+            PathOption("card", "TOML: name, data, seeds, licence, limits, table figures.", ("--card",)),
+        ),
+        ExportModelConfig,
+        (
+            "lungseg export-model run -o lungs.safetensors --card card.toml",
+            "lungseg export-model run -o whole.safetensors --decoder --precision fp32",
+        ),
+        ("overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
         "cluster",
         "lungseg.stages.cluster:cluster",
         "Tokens of the trained model, a Gaussian mixture over the cohort, and a name for each component.",
         (
             _STORE,
-            PathOption("model", "Training run, model.safetensors, or bundle.", ("--model",), required=True),
+            PathOption(
+                "model",
+                "Training run, model.safetensors, bundle, or `starter`: the shipped model.",
+                ("--model",),
+                required=True,
+            ),
             PathOption("fit", "Apply this fit (bundle, or fits/<name> of a store) instead of fitting.", ("--fit",)),
             PathOption(
                 "bundle", "Also write model and fit into this one file, for `lungseg run --model`.", ("--bundle",)
@@ -231,7 +253,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             _SCANS,
             _output("Folder for the store, the maps and the numbers."),
-            PathOption("model", "Bundle, model.safetensors or training run.", ("--model",)),
+            PathOption("model", "Bundle, model.safetensors or training run; none: the shipped model.", ("--model",)),
             PathOption("manifest", "CSV describing the cases, as for preprocess.", ("--manifest",)),
             PathOption("id_map", "CSV (mode 0600) linking case ids to sources.", ("--id-map",)),
             _SERIES,

@@ -66,7 +66,7 @@ class Command:
     check: str = ""
     """``module:function`` of the paths: what does not go together, in words; asked before anything is done."""
     plan: str = ""
-    """``module:function`` of (config, model path) that tells a dry run the settings of several stages."""
+    """``module:function`` of (config, model path, train if the command can) that tells a dry run all settings."""
     estimate: str = ""
     """``module:function`` of (config, execution) that tells a dry run what the work will need."""
 

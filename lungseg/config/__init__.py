@@ -3,6 +3,7 @@
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
+from lungseg.config.export_model import ExportModelConfig
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.phantom import PhantomConfig
 from lungseg.config.preprocess import PreprocessConfig
@@ -17,6 +18,7 @@ __all__ = [
     "ClusterConfig",
     "EvaluateConfig",
     "Execution",
+    "ExportModelConfig",
     "PhantomConfig",
     "PreprocessConfig",
     "RadiomicsConfig",

@@ -29,6 +29,8 @@ from lungseg.errors import InputError, LungsegError, MismatchError, StoreError
 from lungseg.store.atomic import atomic_path, canonical_json, write_bytes
 
 MODEL_FORMAT = 1
+DECODER = ("unet.decoder.", "unet.norm_out.", "unet.conv_out.")
+"""How the names of the tensors begin that features do not need."""
 METADATA_KEY = "lungseg"
 """One key only: safetensors writes several keys in no fixed order, and the same run must give the same bytes."""
 
@@ -71,6 +73,21 @@ class Student:
         unit: torch.Tensor = self.head(tokens)[0].float()
         return unit
 
+    def require_decoder(self, purpose: str) -> None:
+        """Refuse to go on without a decoder.
+
+        Raises
+        ------
+        MismatchError
+            Saying for which ``purpose`` it is needed, and where it is.
+        """
+        if not self.unet.has_decoder:
+            raise MismatchError(
+                f"this model was exported for features and has no decoder, which {purpose} needs: give the "
+                "model.safetensors of its training run (of the shipped starter model none is shipped: train your own "
+                "with lungseg train-ddpm)"
+            )
+
     def for_volume(self, image_hu: np.ndarray) -> Student:
         """The same model for tokens of one volume, int16 HU (Z, Y, X): 8-bit input depends on the volume's range."""
         return dataclasses.replace(self, window=self.window.of_volume(image_hu))
@@ -107,7 +124,7 @@ def save_model(
     Parameters
     ----------
     weights
-        Tensors named ``unet.*`` and ``head.*``.
+        Tensors named ``unet.*`` and ``head.*``; without those of ``DECODER`` the file says that it is for features.
     card
         JSON types; see :class:`Student`.
     extra_tensors, extra
@@ -122,6 +139,8 @@ def save_model(
         "card": dict(card),
         "extra": dict(extra or {}),
     }
+    if not any(name.startswith(DECODER) for name in weights):
+        metadata["decoder"] = False
     tensors = {name: t.detach().cpu().contiguous() for name, t in {**weights, **(extra_tensors or {})}.items()}
     write_bytes(path, save(tensors, metadata={METADATA_KEY: canonical_json(metadata)}))
 
@@ -155,7 +174,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 
 def load_student(path: Path, *, device: str = "cpu") -> Student:
-    """The model of a ``model.safetensors`` or bundle file, on ``device``.
+    """The model of a ``model.safetensors`` or bundle file, on ``device`` in float32.
 
     Raises
     ------
@@ -173,7 +192,7 @@ def load_student(path: Path, *, device: str = "cpu") -> Student:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"{path} does not say all that is needed to use it: {error!r}") from error
     spec = unet_spec(config)
-    unet = UNet(spec)
+    unet = UNet(spec, decoder=bool(metadata.get("decoder", True)))
     head = StudentHead(spec.token_channels, config.embedding, num_features, config.head_norm)
     for prefix, module in (("unet.", unet), ("head.", head)):
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -102,14 +102,16 @@ class UNetSpec:
 
 
 class UNet(nn.Module):
-    """The network of ``spec``; ``encode`` stops at the bottleneck."""
+    """The network of ``spec``; ``encode`` stops at the bottleneck, and is all that is left without the decoder."""
 
     gradient_checkpointing = False
     """Recompute the blocks in the backward pass instead of keeping what they computed: less memory, same gradients."""
 
-    def __init__(self, spec: UNetSpec) -> None:
+    def __init__(self, spec: UNetSpec, *, decoder: bool = True) -> None:
+        """``decoder=False``: for features alone, in a third of the memory."""
         super().__init__()
         self.spec = spec
+        self.has_decoder = decoder
         widths = [spec.base_width * m for m in spec.multipliers]
         width_time = 4 * spec.base_width
         self.time = nn.Sequential(nn.Linear(spec.base_width, width_time), nn.SiLU(), nn.Linear(width_time, width_time))
@@ -136,7 +138,7 @@ class UNet(nn.Module):
             ]
         )
         self.decoder = nn.ModuleList()
-        for level, target in reversed(list(enumerate(widths))):
+        for level, target in reversed(list(enumerate(widths)) if decoder else []):
             # One block more than in the encoder: each takes one skip, those of the blocks and of the downsampling.
             for _ in range(spec.encoder_blocks + 1):
                 self.decoder.append(self._block(width + skips.pop(), target, width_time))
@@ -144,8 +146,9 @@ class UNet(nn.Module):
             if level:
                 self.decoder.append(Upsample(width, dims=spec.dims))
         self._decoder_names = _layer_names(self.decoder, "decoder", reversed(range(len(widths))))
-        self.norm_out = make_norm(spec.norm, width)
-        self.conv_out = zero_init(convolution(spec.dims, width, spec.out_channels * folded))
+        if decoder:
+            self.norm_out = make_norm(spec.norm, width)
+            self.conv_out = zero_init(convolution(spec.dims, width, spec.out_channels * folded))
         # weights in the layout of the feature maps: a convolution would reorder them at every call
         for parameter in self.parameters():
             if parameter.ndim == spec.dims + 2:
@@ -195,7 +198,7 @@ class UNet(nn.Module):
         UsageError
             For an unknown name.
         MismatchError
-            If the input does not fit the network.
+            If the input does not fit the network, or a block is asked for that a network without decoder lacks.
         """
         last = self._deepest(names)
         found: dict[str, torch.Tensor] = {}
@@ -248,7 +251,10 @@ class UNet(nn.Module):
         unknown = [name for name in names if name not in order]
         if unknown or not names:
             raise UsageError(f"no block {', '.join(unknown) or 'named'}; this network has {', '.join(order)}")
-        return max(names, key=order.index)
+        last = max(names, key=order.index)
+        if not self.has_decoder and order.index(last) > order.index(MIDDLE):
+            raise MismatchError(f"this network has no decoder, for features alone: {last} needs the whole model")
+        return last
 
     def _stem(self, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         """First feature map of an input, which is checked."""

@@ -167,7 +167,7 @@ def encode_slabs(
     image = pad_volume(image_hu, target)
     padded_mask = np.pad(mask, [(0, t - n) for t, n in zip(target, mask.shape, strict=True)])
     num_blocks = len(timesteps) if combine == "concat" else 1
-    width = student.head.project.out_features
+    width = student.embedding
     features = np.zeros((width * num_blocks, *usable.shape), dtype=np.float32)
     if not usable.any():
         return features, usable

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lungseg import __version__
 from lungseg.config.execution import Execution
-from lungseg.errors import ResourceError
+from lungseg.errors import LungsegError, ResourceError
+from lungseg.models import starter_path
 from lungseg.scan.lung_network import PACKAGE, find_lung_network
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult
 from lungseg.store.cases import Store
@@ -72,6 +73,7 @@ def _installation() -> StageResult:
         present = importlib.util.find_spec(module) is not None
         remark = _remark(module) if present else f"for {use}: {fix}"
         table.add_row(name, _version(name) if present else "missing", remark)
+    table.add_row("starter model", *_starter())
     for row in _machine():
         table.add_row(*row)
     return StageResult("doctor", Path(), tables=(table,))
@@ -86,6 +88,23 @@ def _remark(module: str) -> str:
     except ResourceError as error:
         return str(error)
     return ""
+
+
+def _starter() -> tuple[str, str]:
+    """What is found of the shipped model, and what it is for."""
+    path = starter_path()
+    if not path.is_file():
+        return "missing", "lungseg run needs --model FILE or --train"
+    from lungseg.diffusion.checkpoint import read_model_file
+
+    try:
+        metadata, _ = read_model_file(path)
+    except LungsegError as error:
+        return "damaged", str(error)
+    card = metadata["card"]
+    fit = "with its fit" if metadata["extra"] else "without a fit: run fits on the scans given"
+    found = f"{path.stat().st_size / 1e6:.1f} MB, {card['images']} images, {card['spacing_mm']:g} mm"
+    return found, f"{fit}; {card.get('limits', 'limits not stated')}"
 
 
 def _version(package: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lungseg.diffusion.checkpoint import Student, read_model_file, save_model
 from lungseg.errors import InputError, MismatchError
+from lungseg.models import STARTER, starter_path
 from lungseg.segmentation.mixture import MixtureFit
 from lungseg.segmentation.naming import ComponentName
 from lungseg.store.atomic import atomic_path, read_json, write_json
@@ -42,13 +43,17 @@ def fitted_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_model(path: Path) -> Path:
-    """The model file of a training run, or the file itself.
+    """The model file of a training run, or the file itself; `starter` is the shipped model unless a file is so named.
 
     Raises
     ------
     InputError
         If there is none, saying how to get one.
     """
+    if str(path) == STARTER and not path.exists():
+        path = starter_path()
+        if not path.is_file():
+            raise InputError("this installation ships no starter model: give --model FILE, or train one")
     if path.is_dir():
         for name in ("model.safetensors", "bundle.safetensors"):
             if (path / name).is_file():

@@ -9,15 +9,18 @@ from typing import Any
 
 from lungseg.config.execution import Execution
 from lungseg.errors import InputError
+from lungseg.models import STARTER
 from lungseg.stages.cohort import StageResult
 from lungseg.store.atomic import read_json
 from lungseg.store.cases import Store
 from lungseg.store.reader import Artefact
 from lungseg.store.schema import SCHEMA
 
+FOR_FEATURES = "encoder, middle and heads, for cluster and run; no decoder, which synthesize needs"
+
 
 def info(artefact: Path, *, execution: Execution = Execution()) -> StageResult:
-    """Describe a store, a file of one, a fit, a training run, a model or bundle, or a scan.
+    """Describe a store, a file of one, a fit, a training run, a model, a bundle, the shipped `starter`, or a scan.
 
     Raises
     ------
@@ -37,6 +40,10 @@ def info(artefact: Path, *, execution: Execution = Execution()) -> StageResult:
 
 
 def _describe(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    if str(path) == STARTER and not path.exists():
+        from lungseg.stages.fits import find_model
+
+        return _model(find_model(path))
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if (path / "store.json").is_file():
@@ -98,6 +105,7 @@ def _model(path: Path) -> tuple[str, list[tuple[str, str]]]:
     card = {key: value for key, value in metadata["card"].items() if key not in ("training_volumes", "standardisation")}
     rows = [
         ("made by", f"lungseg {metadata['lungseg_version']}"),
+        ("holds", "encoder, middle, heads and decoder" if metadata.get("decoder", True) else FOR_FEATURES),
         ("parameters", f"{sum(t.numel() for n, t in tensors.items() if not n.startswith('fit.')):,}"),
         ("HU window", _json(metadata["hu_window"])),
         *((key, str(value) if not isinstance(value, dict) else _json(value)) for key, value in card.items()),

@@ -22,6 +22,7 @@ from lungseg.config.run import RunConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
+from lungseg.models import starter_path
 from lungseg.scan.lung_mask_labels import AUTO
 from lungseg.stages.cluster import cluster
 from lungseg.stages.cohort import CaseOutcome, StageResult, output_folder
@@ -38,8 +39,9 @@ log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 
 HOW_TO_GET_A_MODEL = (
-    "no model given. Either name one with --model FILE (a bundle from a colleague, or RUN of lungseg train-ddpm), "
-    "or train one on these scans with --train (about two minutes with --preset tiny; hours on a GPU with the others)"
+    "no model given, and this installation ships no starter model. Either name one with --model FILE (a bundle from a "
+    "colleague, or RUN of lungseg train-ddpm), or train one on these scans with --train (about two minutes with "
+    "--preset tiny; hours on a GPU with the others)"
 )
 
 
@@ -64,13 +66,19 @@ def run(
     ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit. The page shows the
     pictures of all of them, of the run that ``model`` lies in, and of the folders ``pictures``.
 
+    Without a model and without ``train`` the shipped starter model is used, which brings its limits along.
+
     Raises
     ------
     UsageError
-        If neither a model nor ``train`` is given (saying what to do), or both.
+        If both a model and ``train`` are given, or neither and no model is shipped (saying what to do).
     """
-    if (model is None) == (not train):
-        raise UsageError(HOW_TO_GET_A_MODEL if model is None else "--model and --train exclude each other")
+    if model is None and not train:
+        model = shipped_model()
+        limits = read_model_file(model)[0]["card"].get("limits", "not stated")
+        log.info("run: no --model given, so the starter model shipped with lungseg is used. Its limits: %s", limits)
+    elif model is not None and train:
+        raise UsageError("--model and --train exclude each other")
     output = output_folder(Path(output))
     plan = plan_run(config, model=Path(model) if model else None)
     store_path, bundle = output / "store", output / "bundle.safetensors"
@@ -184,8 +192,24 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
     )
 
 
-def plan_dict(config: RunConfig, *, model: Path | None = None) -> dict[str, Any]:
+def shipped_model() -> Path:
+    """The starter model of this installation.
+
+    Raises
+    ------
+    UsageError
+        If it has none, saying how to get a model.
+    """
+    path = starter_path()
+    if not path.is_file():
+        raise UsageError(HOW_TO_GET_A_MODEL)
+    return path
+
+
+def plan_dict(config: RunConfig, *, model: Path | None = None, train: bool = False) -> dict[str, Any]:
     """The plan as JSON types, by command: what ``lungseg run --dry-run`` prints."""
+    if model is None and not train and starter_path().is_file():
+        model = starter_path()
     plan = plan_run(config, model=model)
     names = {"radiomics": "extract-radiomics", "train": "train-ddpm"}
     return {names.get(f.name, f.name): to_dict(getattr(plan, f.name)) for f in dataclasses.fields(plan)}

@@ -53,10 +53,12 @@ def synthesize(
     UsageError
         If more solver steps are asked for than the diffusion has.
     MismatchError
-        If ``output`` holds patches of another model or other settings, or ``real`` those of another size or spacing.
+        If ``output`` holds patches of another model or other settings, ``real`` those of another size or spacing, or
+        the model has no decoder.
     """
     device = resolve_device(execution.device)
     student = load_student(find_model(Path(model)), device=device)
+    student.require_decoder("synthesize")
     spacing = float(student.card["spacing_mm"])
     patch = student.config.patch_size
     beside = real_patches(Store(Path(real)), patch, spacing, num=config.num, seed=config.seed) if real else None

@@ -21,7 +21,7 @@ from lungseg import __version__
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.config.train_ddpm import TrainConfig
-from lungseg.diffusion.checkpoint import save_model
+from lungseg.diffusion.checkpoint import read_model_file, save_model
 from lungseg.diffusion.footprint import footprint
 from lungseg.diffusion.training import Trainer
 from lungseg.errors import InputError, LungsegError, MismatchError, UsageError
@@ -40,6 +40,7 @@ from lungseg.store.schema import check_current
 
 log = logging.getLogger(__name__)
 
+MODEL_FILE = "model.safetensors"
 _NOT_LEARNED = ("workers", "cache_gib", "tensorboard")
 """Settings of how a run is fed and watched: they do not change what it learns."""
 
@@ -63,8 +64,8 @@ def train_ddpm(
     InputError
         If the store has no training case, or no standardisation of the teacher's window, or ``output`` is a file.
     MismatchError
-        If the run was begun with other settings, data or standardisation, the standardisation belongs to other
-        volumes or features, the cases differ in spacing, or training diverges.
+        If the run was begun with other settings, data or standardisation, its model was replaced by one for features,
+        the standardisation belongs to other volumes or features, the cases differ in spacing, or training diverges.
     ResourceError
         If the device runs out of memory, or a loader process is killed.
     Interrupted
@@ -121,7 +122,7 @@ class _Run:
     def train(self) -> StageResult:
         with ExitStack() as held, limited_threads(self.execution.threads):
             self.plan = self._agreed(lambda: self._prepare(held))
-            model_path = self.output / "model.safetensors"
+            model_path = self.output / MODEL_FILE
             if self.plan.complete:
                 return StageResult("train-ddpm", self.output, notes=(f"already complete: {model_path}",))
             trainer, pace = TrainingLoop(self.output, self.config, self._material(), self.seat, self.execution).run()
@@ -161,6 +162,8 @@ class _Run:
         """Lock the run for as long as ``held`` lasts, and check that it may go on with these settings and data."""
         held.enter_context(lock(self.output / "train.lock"))
         plan = self._plan()
+        if plan.complete:
+            _check_whole(self.output / MODEL_FILE)
         path = self.output / "config.json"
         known = path.exists()
         if known:
@@ -220,7 +223,7 @@ class _Run:
             "environment": {"torch": torch.__version__, "threads": self.execution.threads, "processes": self.seat.size},
         }
         case_ids = [case_id for case_id in all_ids if case_id not in held_out]
-        complete = (self.output / "model.safetensors").exists()
+        complete = (self.output / MODEL_FILE).exists()
         return _Plan(header, case_ids, held_out, tuple(standardisations), complete)
 
     def _clean(self) -> None:
@@ -244,6 +247,15 @@ class _Run:
             "standardisation": [standardisation.to_dict() for standardisation in self.plan.standardisations],
             "intended_use": "research only",
         }
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a run folder whose model is not what training left there, but what was exported from it."""
+    if not read_model_file(path)[0].get("decoder", True):
+        raise MismatchError(
+            f"{path} was exported for features and has no decoder: it is not the result of this training, which goes "
+            "on from checkpoint-*.pt alone. Take it away, or give another folder with -o"
+        )
 
 
 def _teacher_sizes(config: TrainConfig) -> list[tuple[int, int, int]]:

@@ -243,3 +243,15 @@ def test_both_encodings_agree_on_a_volume_of_one_patch():
     assert usable.all()
     assert covered.all()
     np.testing.assert_allclose(in_slabs, in_windows, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{"distill": "none"}, {"distill_weight": 0.0}], ids=str)
+def test_tokens_are_as_long_as_the_student_makes_them(values: dict[str, str | float]) -> None:
+    """Without a trained projection a token is the bottleneck, or the layer before: shorter than the projection."""
+    student = tiny_student(embedding=24, **values)
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 200, (8, 16, 16)).astype(np.int16)
+    mask = np.ones(hu.shape, bool)
+    tokens, _ = encode_slabs(student, hu, mask, timesteps=(0, 5), seed=0, max_voxels=10**6)
+    assert tokens.shape == (2 * student.unet.spec.token_channels, 2, 4, 4)
+    np.testing.assert_allclose(np.linalg.norm(tokens[: student.embedding], axis=0), 1.0, rtol=1e-5)

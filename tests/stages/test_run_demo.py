@@ -74,14 +74,6 @@ def test_run_reports_a_bad_scan_and_finishes_the_others(finished: Path, manifest
     assert CliRunner().invoke(app, only_bad).exit_code == 3
 
 
-def test_run_without_a_model_says_what_to_do(manifest: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["run", str(manifest.parent / "phantom-11"), "-o", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "--model" in result.output
-    assert "--train" in result.output
-    assert not (tmp_path / "out").exists()
-
-
 def test_demo_trains_on_one_set_and_scores_the_other(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
