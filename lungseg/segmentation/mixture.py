@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lungseg.errors import MismatchError
+from lungseg.segmentation.density import TokenStatistics
 
 Covariance = Literal["full", "tied", "diag", "spherical"]
 
@@ -58,6 +59,8 @@ class MixtureFit:
     """Whether EM met the tolerance within the iterations."""
     seed: int
 
+    kind = "gmm"
+
     @property
     def num_components(self) -> int:
         """Number of Gaussians K."""
@@ -73,13 +76,15 @@ class MixtureFit:
         self._check(tokens)
         return (tokens[:, self.kept_columns].astype(np.float64) - self.offset) @ self.projection
 
-    def posterior(self, tokens: np.ndarray) -> np.ndarray:
+    def posterior(self, tokens: np.ndarray, statistics: TokenStatistics | None = None) -> np.ndarray:
         """Probability of each component given each token.
 
         Parameters
         ----------
         tokens : float array, shape (N, D)
             Finite; D as at the fit.
+        statistics : TokenStatistics, optional
+            Not looked at: this mixture knows tokens only (see ``Clustering``).
 
         Returns
         -------

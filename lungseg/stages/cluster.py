@@ -119,7 +119,7 @@ def cluster(
         fitted = _fit(store, sampled.complete(), student, config, execution)
     if bundle is not None:
         write_bundle(Path(bundle), model_path, student, fitted)
-    notes = (f"fit: {store.fit_dir(config.name)}",) if fit is None else ()
+    notes = (f"fit: {store.fit_dir(config.run_name)}",) if fit is None else ()
     if fit_only:
         return StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
     unsampled = {o.case_id: o for o in outcomes if o.status not in (DONE, SKIPPED)}
@@ -186,8 +186,8 @@ def _sample_one(
 ) -> tuple[str, str]:
     """Write ``tokens.<name>.h5``: a bounded random sample of one case's tokens with their HU statistics."""
     student = _student(model, device)
-    path = store.case_file(case_id, "tokens", config.name)
-    with lock(store.lock_file(case_id, f"tokens.{config.name}")), store.open(case_id, "volume") as volume:
+    path = store.case_file(case_id, "tokens", config.run_name)
+    with lock(store.lock_file(case_id, f"tokens.{config.run_name}")), store.open(case_id, "volume") as volume:
         settings = {key: value for key, value in to_dict(config).items() if key in _SAMPLE_SETTINGS}
         inputs = {"volume.h5": volume.fingerprint, "model": student.fingerprint}
         wanted = make_provenance("cluster", settings, inputs=inputs, statistics=list(_STATISTICS))
@@ -221,11 +221,11 @@ def _seed_of(seed: int, case_id: str) -> int:
 
 def _fit(store: Store, case_ids: list[str], student: Student, config: ClusterConfig, execution: Execution) -> NamedFit:
     """Fit and name the mixture, or load the one made before with the same settings and tokens."""
-    folder = store.fit_dir(config.name)
-    with lock(store.path / f"fits.{config.name}.lock"), limited_threads(execution.threads):
+    folder = store.fit_dir(config.run_name)
+    with lock(store.path / f"fits.{config.run_name}.lock"), limited_threads(execution.threads):
         samples = {}
         for case_id in case_ids:
-            with store.open(case_id, "tokens", config.name) as sample:
+            with store.open(case_id, "tokens", config.run_name) as sample:
                 samples[case_id] = sample.fingerprint
         settings = {key: value for key, value in to_dict(config).items() if key in _FIT_SETTINGS}
         wanted = make_provenance("cluster", settings, inputs={**samples, "model": student.fingerprint})
@@ -246,7 +246,7 @@ def _fit_tokens(store: Store, case_ids: list[str], config: ClusterConfig, proven
     share = max(1, config.max_tokens // len(case_ids))
     tokens, statistics, named = [], [], []
     for case_id in case_ids:
-        with store.open(case_id, "tokens", config.name) as sample:
+        with store.open(case_id, "tokens", config.run_name) as sample:
             tokens.append(sample.read("features")[:share])
             stats = _statistics(sample.read("statistics")[:share])
             mode = sample.provenance["healthy_mode_hu"]
@@ -294,8 +294,8 @@ def _apply_one(
 ) -> tuple[str, str]:
     """Write ``clusters.<name>.h5``: posteriors of the components on the token lattice."""
     student = _student(model, device)
-    path = store.case_file(case_id, "clusters", config.name)
-    with lock(store.lock_file(case_id, f"clusters.{config.name}")), store.open(case_id, "volume") as volume:
+    path = store.case_file(case_id, "clusters", config.run_name)
+    with lock(store.lock_file(case_id, f"clusters.{config.run_name}")), store.open(case_id, "volume") as volume:
         settings = {key: value for key, value in to_dict(config).items() if key in _TOKEN_SETTINGS}
         inputs = {
             "volume.h5": volume.fingerprint,

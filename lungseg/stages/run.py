@@ -162,7 +162,7 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
 
     clustering = make(ClusterConfig, "cluster", seed=config.seed)
     labels = None if config.lung_mask_labels == AUTO else config.lung_mask_labels
-    refining = make(RefineConfig, "refine", name=clustering.name)
+    refining = make(RefineConfig, "refine", name=clustering.run_name)
     # the page says what the export says
     same = {name: getattr(refining, name) for name in ("lower_bounds", "inspiration")}
     return Plan(
@@ -171,8 +171,8 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
         make(TrainConfig, "train-ddpm", seed=config.seed),
         clustering,
         refining,
-        make(EvaluateConfig, "evaluate", names=(clustering.name,), seed=config.seed),
-        make(ReportConfig, "report", name=clustering.name, **same),
+        make(EvaluateConfig, "evaluate", names=(clustering.run_name,), seed=config.seed),
+        make(ReportConfig, "report", name=clustering.run_name, **same),
     )
 
 
