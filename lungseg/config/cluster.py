@@ -66,6 +66,12 @@ class ClusterConfig:
     radiomics_window: int = option(
         8, "Edge of the windows of radiomic tokens; a multiple of their stride.", unit="voxels", minimum=2, maximum=64
     )
+    attention_anchors: int = option(
+        2, "Distance of the anchors of method attention.", unit="tokens", minimum=1, maximum=64
+    )
+    attention_threshold: float = option(
+        0.5, "Attention maps closer than this are one segment (0.5 to 1 published).", unit="nats", above=0.0
+    )
     mixture: str = option(
         "gmm",
         "Gaussian mixture, k-means, HU-anchored mixture, or von Mises-Fisher mixture.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lungseg.config.cluster import ClusterConfig
+from lungseg.config.cluster import RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_METHODS, ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
 from lungseg.config.extract_radiomics import RadiomicsConfig
@@ -58,6 +58,8 @@ def run(
 ) -> StageResult:
     """From scans to label maps, numbers and pictures in ``output``.
 
+    Without a model where the configuration asks for a method of clustering that needs none.
+
     ``output/store`` is the patch store, ``output/results`` holds what ``refine --export`` writes, ``output/report`` the
     pages of ``report``, ``output/scores`` the evaluation if the manifest names references, and with ``train``
     ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit.
@@ -65,12 +67,14 @@ def run(
     Raises
     ------
     UsageError
-        If neither a model nor ``train`` is given (saying what to do), or both.
+        If neither a model nor ``train`` is given and the method needs one (saying what to do), or both.
     """
-    if (model is None) == (not train):
-        raise UsageError(HOW_TO_GET_A_MODEL if model is None else "--model and --train exclude each other")
-    output = output_folder(Path(output))
+    if model is not None and train:
+        raise UsageError("--model and --train exclude each other")
     plan = plan_run(config, model=Path(model) if model else None)
+    if model is None and not train and plan.cluster.method in STUDENT_METHODS:
+        raise UsageError(HOW_TO_GET_A_MODEL)
+    output = output_folder(Path(output))
     store_path, bundle = output / "store", output / "bundle.safetensors"
     prepared = preprocess(
         scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, series=series, lung_mask=lung_mask,
@@ -81,10 +85,14 @@ def run(
     store = Store(store_path)
     if train:
         make_bundle(store, output / "model", bundle, plan, execution=execution)
-    source = bundle if model is None else find_model(Path(model))
-    fitted = _has_fit(source)
-    if not fitted:
-        log.info("run: the model brings no fit; fitting the mixture on these scans")
+    source = bundle if train else find_model(Path(model)) if model else None
+    fitted = source is not None and _has_fit(source)
+    if not fitted and plan.cluster.method not in UNFITTED_METHODS:
+        log.info("run: no fit is given; fitting the mixture on these scans")
+    if source is None and plan.cluster.method in RADIOMICS_METHODS:
+        described = extract_radiomics(store, plan.radiomics, execution=execution)
+        if not described.complete():
+            return _merged(output, (prepared, described))
     clustered = cluster(store, source, plan.cluster, fit=source if fitted else None, execution=execution)
     if not clustered.complete():
         return _merged(output, (prepared, clustered))
