@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lungseg.config.ablations import METHODS, TABLE_3
 from lungseg.config.benchmark import SEGMENTATION, BenchmarkConfig
+from lungseg.config.cluster import RADIOMICS_METHODS
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.config.phantom import PhantomConfig
@@ -93,7 +94,7 @@ def benchmark(
         train, test, healthy = _cohorts(output, config, execution)
         costs = Costs(output / "seconds.json")
         needed = [row for row in rows if row.same_as == row.name]
-        if any(row.train is not None or row.fit for row in needed):
+        if any(row.train is not None or row.cluster.method in RADIOMICS_METHODS for row in needed):
             extract_radiomics(train, radiomics_config(config, needed), execution=execution).require_complete()
         records, errors = {}, {}
         for number, row in enumerate(needed, start=1):

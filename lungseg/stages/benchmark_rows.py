@@ -16,7 +16,7 @@ import numpy as np
 
 from lungseg.config.ablations import PUBLISHED, ROWS, TABLE_3, WHOLE_METHOD, Ablation
 from lungseg.config.benchmark import BenchmarkConfig
-from lungseg.config.cluster import RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_METHODS, ClusterConfig
+from lungseg.config.cluster import RADIOMICS_METHODS, STUDENT_METHODS, ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
 from lungseg.config.extract_radiomics import RadiomicsConfig
@@ -52,8 +52,7 @@ class Row:
     cluster: ClusterConfig
     refine: RefineConfig
     fit: str
-    """Name under which its clustering is fitted, that of the first row with the same tokens and mixture; empty: none
-    to fit."""
+    """Name of its clustering on the training phantoms: that of the first row with the same tokens and mixture."""
     same_as: str
     """The first row with the same settings in everything, whose result this one shows; usually itself."""
 
@@ -94,7 +93,7 @@ def plan_rows(config: BenchmarkConfig) -> tuple[Row, ...]:
         network = _network_name(changes.get(TrainConfig, {})) if train is not None else ""
         key = (network, dataclasses.replace(clustering, name=None))
         alike = [row for row in rows if (row.network, dataclasses.replace(row.cluster, name=None)) == key]
-        fit = "" if clustering.method in UNFITTED_METHODS else (alike[0].fit if alike else name)
+        fit = alike[0].fit if alike else name
         same = [row.name for row in alike if _map_settings(row.refine) == _map_settings(refining)]
         rows.append(
             Row(name, ablation, train, network, clustering, refining, fit, same_as=same[0] if same else name)
@@ -132,10 +131,8 @@ def radiomics_config(config: BenchmarkConfig, rows: Sequence[Row]) -> RadiomicsC
     return dataclasses.replace(made, standardisation_windows=tuple(sorted(windows)))
 
 
-def fit_row(row: Row, train: Store, model: Path | None, costs: Costs, *, execution: Execution) -> Path | None:
-    """Fit the clustering of a row on the training phantoms; where it is. None if the method has nothing to fit."""
-    if not row.fit:
-        return None
+def fit_row(row: Row, train: Store, model: Path | None, costs: Costs, *, execution: Execution) -> Path:
+    """Fit the clustering of a row on the training phantoms; where it is. What learns nothing is described there."""
     folder = train.fit_dir(row.fit)
     with costs.measure(f"fit {row.fit}", count=0 if folder.exists() else 1):
         settings = dataclasses.replace(row.cluster, name=row.fit)
