@@ -90,8 +90,8 @@ def benchmark(
     rows = plan_rows(config)
     output = output_folder(Path(output))
     with lock(output / "benchmark.lock"):
-        write_json(output / "benchmark.json", {"config": to_dict(config), "rows": {r.name: _settings(r) for r in rows}})
         train, test, healthy = _cohorts(output, config, execution)
+        write_json(output / "benchmark.json", {"config": to_dict(config), "rows": {r.name: _settings(r) for r in rows}})
         costs = Costs(output / "seconds.json")
         needed = [row for row in rows if row.same_as == row.name]
         if any(row.train is not None or row.cluster.method in RADIOMICS_METHODS for row in needed):
