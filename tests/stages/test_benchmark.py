@@ -196,7 +196,7 @@ def test_results_of_other_settings_are_refused(made: Path, tmp_path: Path) -> No
     config = tiny(tmp_path, "rules")
     (tmp_path / "settings.toml").write_text(TOML.replace("2.5, 2.0, 2.0", "2.5, 2.5, 2.5"), encoding="utf-8")
     before = (made / "benchmark.json").read_bytes()
-    with pytest.raises(LungsegError, match="phantom-510: .* was made with other settings") as refused:
+    with pytest.raises(LungsegError, match=r"phantom-510: .* was made with other settings") as refused:
         benchmark("segmentation", made, config, execution=QUIET)
     assert refused.value.exit_code == MismatchError.exit_code
     assert (made / "benchmark.json").read_bytes() == before
