@@ -73,7 +73,7 @@ def chosen_rows(options: argparse.Namespace) -> tuple[BenchmarkConfig, list[Fitt
 
 
 def _fitted(row: Row, benchmark: Path | None) -> FittedRow:
-    if benchmark is None:
+    if benchmark is None or row.cluster.method in MODEL_FREE:  # nothing learned: any grid will do
         return FittedRow(row, None, None)
     model = benchmark / "models" / row.network / "model.safetensors" if row.network else None
     return FittedRow(row, model, benchmark / "train" / "fits" / row.fit)
