@@ -143,8 +143,7 @@ COMMANDS: tuple[Command, ...] = (
         ClusterConfig,
         (
             "lungseg cluster cohort --model run --bundle bundle.safetensors",
-            "lungseg cluster new --model bundle.safetensors --fit bundle.safetensors",
-            "lungseg cluster cohort --method rules",
+            "lungseg cluster new --method radiomics --fit cohort/fits/radiomics",
         ),
     ),
     Command(
