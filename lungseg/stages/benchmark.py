@@ -28,7 +28,7 @@ from lungseg.evaluation.benchmark_tables import (
 from lungseg.evaluation.bootstrap import FEW_PATIENTS, INTERVAL_DEFINITION, few_patients_note
 from lungseg.evaluation.calibration import CALIBRATION_DEFINITION
 from lungseg.evaluation.tables import MEAN_RULE
-from lungseg.stages.benchmark_costs import Costs
+from lungseg.stages.benchmark_costs import CPU, Costs
 from lungseg.stages.benchmark_rows import (
     Row,
     fit_row,
@@ -209,7 +209,7 @@ def _notes(
     if networks:
         notes.append(
             f"Networks ({len(networks)}) are trained on {', '.join(map(str, sorted(images)))} images each, "
-            f"{costs.total('train ') / 60:.0f} minutes in all; the published ones saw far more."
+            f"{costs.total('train ', CPU) / 60:.0f} CPU minutes in all; the published ones saw far more."
         )
     notes += [
         f"Row {row.name} has the settings of row {row.same_as} and shows its figures."
@@ -217,8 +217,8 @@ def _notes(
         if row.same_as != row.name
     ]
     notes.append(
-        f"Seconds: wall time of a scan from volume.h5 to labels.h5, {execution.jobs} at a time with "
-        f"{execution.threads} thread each, without preprocessing, training and fitting; models are loaded once."
+        f"Seconds: CPU time of a scan from volume.h5 to labels.h5, {execution.jobs} at a time (workers are started for "
+        "more than one), without preprocessing, training and fitting."
     )
     first = next(result.figures for result in results.values() if result.figures)
     notes += [MEAN_RULE, *first["definitions"][:NUM_DEFINITIONS], CALIBRATION_DEFINITION]

@@ -25,7 +25,7 @@ from lungseg.config.presets import make_config
 from lungseg.config.refine import RefineConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.evaluation.benchmark_tables import RowResult
-from lungseg.stages.benchmark_costs import Costs
+from lungseg.stages.benchmark_costs import CPU, WALL, Costs
 from lungseg.stages.cluster import cluster
 from lungseg.stages.evaluate import evaluate
 from lungseg.stages.refine import EXPORT_SETTINGS, refine
@@ -220,6 +220,7 @@ def row_result(row: Row, record: Mapping[str, Any], costs: Costs) -> RowResult:
         oracle=record["oracle"] or {},
         calibration=record["calibration"] or {},
         false_disease_percent=float("nan") if false_disease is None else false_disease,
-        seconds=costs.mean(f"cluster {row.same_as}") + costs.mean(f"refine {row.same_as}"),
+        cpu_seconds=sum(costs.mean(f"{task} {row.same_as}", CPU) for task in ("cluster", "refine")),
+        wall_seconds=sum(costs.mean(f"{task} {row.same_as}", WALL) for task in ("cluster", "refine")),
         published=PUBLISHED.get(row.name),
     )

@@ -53,11 +53,8 @@ def store_for(folder: Path, fitted: FittedRow | None, config: BenchmarkConfig) -
     if fitted is not None and fitted.model is not None:
         from lungseg.diffusion.checkpoint import load_student
 
-        student = load_student(fitted.model)
-        patch = student.config.patch_size
-        settings = dataclasses.replace(
-            settings, store_spacing_mm=float(student.card["spacing_mm"]), patch_size=patch, patch_stride=patch
-        )
+        spacing = float(load_student(fitted.model).card["spacing_mm"])
+        settings = dataclasses.replace(settings, store_spacing_mm=spacing)
     path = folder / f"chest-{settings.store_spacing_mm:g}"
     phantom(path, settings, execution=Execution(quiet=True)).require_complete()
     return Store(path)
