@@ -152,17 +152,25 @@ class MixtureFit:
     def _joint_log_density(self, tokens: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Batches of log(weight_k N(x | mean_k, covariance_k)), float64 (B, K)."""
         check_width(tokens, self.num_features)
-        log_det = np.log(np.diagonal(self.precision_cholesky, axis1=1, axis2=2)).sum(axis=1)
-        constant = np.log(self.weights) + log_det - 0.5 * self.means.shape[1] * np.log(2.0 * np.pi)
         for start in range(0, tokens.shape[0], BATCH_TOKENS):
             part = slice(start, min(start + BATCH_TOKENS, tokens.shape[0]))
             check_finite(tokens[part])
-            reduced = self.reduce(tokens[part])
-            joint = np.empty((reduced.shape[0], self.num_components))
-            for k, (mean, cholesky) in enumerate(zip(self.means, self.precision_cholesky, strict=True)):
-                distance = (reduced - mean) @ cholesky
-                joint[:, k] = constant[k] - 0.5 * np.einsum("nd,nd->n", distance, distance)
-            yield part, joint
+            density = gaussian_log_density(self.reduce(tokens[part]), self.means, self.precision_cholesky)
+            yield part, density + np.log(self.weights)
+
+
+def gaussian_log_density(points: np.ndarray, means: np.ndarray, precision_cholesky: np.ndarray) -> np.ndarray:
+    """log N(x | mean_k, covariance_k), float64 (N, K), of points (N, d).
+
+    ``means`` is (K, d); ``precision_cholesky`` (K, d, d) holds upper triangular U with precision = U Uᵀ.
+    """
+    log_det = np.log(np.diagonal(precision_cholesky, axis1=1, axis2=2)).sum(axis=1)
+    constant = log_det - 0.5 * means.shape[1] * np.log(2.0 * np.pi)
+    density = np.empty((points.shape[0], len(means)))
+    for k, (mean, cholesky) in enumerate(zip(means, precision_cholesky, strict=True)):
+        distance = (points - mean) @ cholesky
+        density[:, k] = constant[k] - 0.5 * np.einsum("nd,nd->n", distance, distance)
+    return density
 
 
 def fit_mixture(

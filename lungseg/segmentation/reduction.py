@@ -5,7 +5,8 @@ METHOD 1.5 step 5; FEASIBILITY failure mode 7: full covariances are ill-posed on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -51,6 +52,29 @@ class Reduction:
             check_finite(tokens[part])
             reduced[part] = (tokens[part][:, self.kept_columns].astype(np.float64) - self.offset) @ self.projection
         return reduced
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Every field as an array, by name; ``from_arrays`` reads it back exactly."""
+        return {item.name: np.ascontiguousarray(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Reduction:
+        """From the arrays of ``to_arrays``; ``MismatchError`` if one is missing or their shapes do not agree."""
+        missing = [item.name for item in fields(cls) if item.name not in arrays]
+        if missing:
+            raise MismatchError(f"not a saved mixture: {', '.join(missing)} missing")
+        kept, projection = np.asarray(arrays["kept_columns"]), np.asarray(arrays["projection"])
+        offset = np.asarray(arrays["offset"])
+        if projection.ndim != 2 or not kept.shape == offset.shape == projection.shape[:1]:
+            raise MismatchError(f"damaged mixture: a projection of shape {projection.shape} for {kept.size} channels")
+        return cls(
+            num_features=int(np.asarray(arrays["num_features"]).reshape(-1)[0]),
+            kept_columns=kept,
+            offset=offset,
+            projection=projection,
+            explained_variance_share=float(np.asarray(arrays["explained_variance_share"]).reshape(-1)[0]),
+            effective_rank=float(np.asarray(arrays["effective_rank"]).reshape(-1)[0]),
+        )
 
 
 def fit_reduction(
