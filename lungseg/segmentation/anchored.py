@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from lungseg.errors import MismatchError
-from lungseg.segmentation.anchored_em import AnchoredEM, Components, parts_of
+from lungseg.segmentation.anchored_em import AnchoredEM, Components
 from lungseg.segmentation.density import TokenStatistics
 from lungseg.segmentation.hu_anchors import FEATURE_NAMES, Anchors, hu_features, literature_anchors
-from lungseg.segmentation.reduction import Reduction, check_finite, fit_reduction, log_sum_exp
+from lungseg.segmentation.reduction import Reduction, check_finite, fit_reduction, log_sum_exp, parts_of
 from lungseg.tissue import Tissue
 
 ARRAY_FIELDS = ("weights", "means", "precision_cholesky", "hu_means", "hu_sds")

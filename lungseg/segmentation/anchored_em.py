@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from lungseg.segmentation.hu_anchors import Anchors
 from lungseg.segmentation.mixture import gaussian_log_density
-from lungseg.segmentation.reduction import BATCH_TOKENS, log_sum_exp
+from lungseg.segmentation.reduction import log_sum_exp, parts_of
 
 
 @dataclass(frozen=True)
@@ -188,12 +187,6 @@ class _Sums:
         """Mean (d,) of component k, and scatter (d, d) about it."""
         mean = self.point_sum[k] / self.count[k]
         return mean, self.point_squares[k] - self.count[k] * np.outer(mean, mean)
-
-
-def parts_of(number: int) -> Iterator[slice]:
-    """Batches of so many tokens."""
-    for start in range(0, number, BATCH_TOKENS):
-        yield slice(start, min(start + BATCH_TOKENS, number))
 
 
 def _covariance_count(dim: int) -> float:

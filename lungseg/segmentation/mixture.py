@@ -15,11 +15,11 @@ import numpy as np
 from lungseg.errors import MismatchError
 from lungseg.segmentation.density import TokenStatistics
 from lungseg.segmentation.reduction import (
-    BATCH_TOKENS,
     check_finite,
     check_width,
     fit_reduction,
     log_sum_exp,
+    parts_of,
 )
 
 Covariance = Literal["full", "tied", "diag", "spherical"]
@@ -152,8 +152,7 @@ class MixtureFit:
     def _joint_log_density(self, tokens: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Batches of log(weight_k N(x | mean_k, covariance_k)), float64 (B, K)."""
         check_width(tokens, self.num_features)
-        for start in range(0, tokens.shape[0], BATCH_TOKENS):
-            part = slice(start, min(start + BATCH_TOKENS, tokens.shape[0]))
+        for part in parts_of(len(tokens)):
             check_finite(tokens[part])
             density = gaussian_log_density(self.reduce(tokens[part]), self.means, self.precision_cholesky)
             yield part, density + np.log(self.weights)
@@ -271,8 +270,8 @@ def _check_tokens(tokens: np.ndarray, num_components: int) -> None:
             f"{tokens.shape[0]} tokens cannot be fitted with {num_components} components: at least {needed} are needed "
             f"({MINIMUM_TOKENS_PER_COMPONENT} for each). Give more scans or fewer components"
         )
-    for start in range(0, tokens.shape[0], BATCH_TOKENS):
-        check_finite(tokens[start : start + BATCH_TOKENS])
+    for part in parts_of(len(tokens)):
+        check_finite(tokens[part])
 
 
 def _check_distinct(reduced: np.ndarray, num_components: int) -> None:

@@ -5,7 +5,7 @@ METHOD 1.5 step 5; FEASIBILITY failure mode 7: full covariances are ill-posed on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -47,8 +47,7 @@ class Reduction:
         """
         check_width(tokens, self.num_features)
         reduced = np.empty((tokens.shape[0], self.projection.shape[1]))
-        for start in range(0, tokens.shape[0], BATCH_TOKENS):
-            part = slice(start, start + BATCH_TOKENS)
+        for part in parts_of(len(tokens)):
             check_finite(tokens[part])
             reduced[part] = (tokens[part][:, self.kept_columns].astype(np.float64) - self.offset) @ self.projection
         return reduced
@@ -134,6 +133,12 @@ def effective_rank(tokens: np.ndarray) -> float:
     check_finite(tokens)
     _, covariance = _moments(tokens, np.arange(tokens.shape[1]))
     return _entropy_rank(np.linalg.eigvalsh(covariance))
+
+
+def parts_of(number: int) -> Iterator[slice]:
+    """Batches of so many tokens."""
+    for start in range(0, number, BATCH_TOKENS):
+        yield slice(start, min(start + BATCH_TOKENS, number))
 
 
 def log_sum_exp(values: np.ndarray) -> np.ndarray:

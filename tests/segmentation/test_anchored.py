@@ -7,7 +7,7 @@ import pytest
 from anchored_fixture import chosen, make_statistics, make_tokens
 from scipy.stats import multivariate_normal, norm
 
-import lungseg.segmentation.anchored_em as em_module
+import lungseg.segmentation.reduction as reduction_module
 from lungseg.errors import MismatchError
 from lungseg.segmentation.anchored import AnchoredFit, fit_anchored
 from lungseg.segmentation.hu_anchors import Anchors, hu_features, literature_anchors
@@ -119,7 +119,7 @@ def test_same_tokens_same_fit_and_batches_do_not_matter(monkeypatch):
     first, second = (fit_anchored(tokens, statistics).to_arrays() for _ in range(2))
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
-    monkeypatch.setattr(em_module, "BATCH_TOKENS", 77)
+    monkeypatch.setattr(reduction_module, "BATCH_TOKENS", 77)
     third = fit_anchored(tokens, statistics)
     np.testing.assert_allclose(third.hu_means, first["hu_means"], rtol=1e-6)
 
