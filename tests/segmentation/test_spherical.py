@@ -84,9 +84,12 @@ def test_known_parameters_are_found():
     np.testing.assert_allclose(fit.weights, [1 / 2, 1 / 3, 1 / 6], atol=0.01)
     # kappa is approximated (some per cent in 8 dimensions): what the true mean length would give
     kappa = np.array([30.0, 60.0, 15.0])
-    approximated = concentration_of(iv(4, kappa) / iv(3, kappa), 8)
+    length = iv(4, kappa) / iv(3, kappa)
+    approximated = concentration_of(length, 8)
     np.testing.assert_allclose(approximated, kappa, rtol=0.06)
-    np.testing.assert_allclose(fit.concentrations[:, 0], approximated, rtol=0.05)  # 3 SD of 1000 samples
+    information = 1 - length**2 - 7 * length / kappa  # Fisher's, of kappa, in one sample
+    deviation = 1 / np.sqrt(np.array([3000, 2000, 1000]) * information)
+    assert (np.abs(fit.concentrations[:, 0] - approximated) < 3 * deviation).all()
     assert (np.einsum("kd,kd->k", fit.directions[:, 0], np.eye(8)[:3]) > 0.999).all()
     assert np.mean(fit.posterior(tokens).argmax(axis=1) == labels) > 0.98
 
