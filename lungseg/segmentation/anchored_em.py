@@ -28,13 +28,15 @@ class Components:
 
     def log_joint(self, points: np.ndarray, features: np.ndarray, token_weight: float) -> np.ndarray:
         """log(weight N(point)^token_weight N(features)), float64 (N, K), of points (N, d) and features (N, F)."""
-        scaled = (features[:, None] - self.hu_means) / self.hu_sds
-        joint = -0.5 * np.einsum("nkf,nkf->nk", scaled, scaled)
-        joint -= np.log(self.hu_sds).sum(axis=1) + 0.5 * features.shape[1] * np.log(2.0 * np.pi)
+        alive = np.flatnonzero(self.weights)  # the others cost nothing
+        means, sds = self.hu_means[alive], self.hu_sds[alive]
+        scaled = (features[:, None] - means) / sds
+        found = -0.5 * np.einsum("nkf,nkf->nk", scaled, scaled) + np.log(self.weights[alive])
+        found -= np.log(sds).sum(axis=1) + 0.5 * features.shape[1] * np.log(2.0 * np.pi)
         if token_weight:
-            joint += token_weight * gaussian_log_density(points, self.means, self.precision_cholesky)
-        with np.errstate(divide="ignore"):
-            joint += np.log(self.weights)
+            found += token_weight * gaussian_log_density(points, self.means[alive], self.precision_cholesky[alive])
+        joint = np.full((len(points), len(self.weights)), -np.inf)
+        joint[:, alive] = found
         return joint
 
 
@@ -180,7 +182,7 @@ class _Sums:
         self.point_sum += share.T @ points
         self.hu_sum += share.T @ features
         self.hu_squares += share.T @ features**2
-        for k in range(len(self.count)):
+        for k in np.flatnonzero(share.any(axis=0)):
             self.point_squares[k] += (points * share[:, k, None]).T @ points
 
     def token_moments(self, k: int) -> tuple[np.ndarray, np.ndarray]:
