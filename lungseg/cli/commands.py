@@ -266,6 +266,7 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg benchmark segmentation -o tables --rows rules,diffseglung --train 2 --test 2 --images 600",
         ),
         ("device", "jobs", "threads", "overwrite", "dry_run", *_SAYING),
+        plan="lungseg.stages.benchmark:plan_dict",
     ),
     Command(
         "doctor",

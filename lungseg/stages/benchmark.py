@@ -8,16 +8,17 @@ again goes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lungseg.config.ablations import METHODS, TABLE_3
+from lungseg.config.ablations import METHODS, PUBLISHED, TABLE_3
 from lungseg.config.benchmark import SEGMENTATION, BenchmarkConfig
 from lungseg.config.cluster import RADIOMICS_METHODS
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.config.phantom import PhantomConfig
-from lungseg.errors import Interrupted, LockedError, LungsegError, PartialError, UsageError
+from lungseg.errors import Interrupted, LockedError, LungsegError, MismatchError, PartialError, UsageError
 from lungseg.evaluation.benchmark_tables import (
     RowResult,
     ablation_table,
@@ -28,6 +29,7 @@ from lungseg.evaluation.benchmark_tables import (
 from lungseg.evaluation.bootstrap import FEW_PATIENTS, INTERVAL_DEFINITION, few_patients_note
 from lungseg.evaluation.calibration import CALIBRATION_DEFINITION
 from lungseg.evaluation.tables import MEAN_RULE
+from lungseg.evaluation.writers import listed
 from lungseg.stages.benchmark_costs import CPU, Costs
 from lungseg.stages.benchmark_rows import (
     Row,
@@ -42,7 +44,7 @@ from lungseg.stages.benchmark_rows import (
 )
 from lungseg.stages.cohort import StageResult, output_folder
 from lungseg.stages.extract_radiomics import extract_radiomics
-from lungseg.stages.phantom import phantom
+from lungseg.stages.phantom import case_name, phantom
 from lungseg.stages.train_ddpm import train_ddpm
 from lungseg.store.atomic import write_json, write_text
 from lungseg.store.cases import Store
@@ -91,7 +93,7 @@ def benchmark(
     output = output_folder(Path(output))
     with lock(output / "benchmark.lock"):
         train, test, healthy = _cohorts(output, config, execution)
-        write_json(output / "benchmark.json", {"config": to_dict(config), "rows": {r.name: _settings(r) for r in rows}})
+        write_json(output / "benchmark.json", {"config": to_dict(config), "rows": plan_dict(config)})
         costs = Costs(output / "seconds.json")
         needed = [row for row in rows if row.same_as == row.name]
         if any(row.train is not None or row.cluster.method in RADIOMICS_METHODS for row in needed):
@@ -111,15 +113,34 @@ def benchmark(
             except LungsegError as error:
                 log.error("benchmark: row %s failed: %s", row.name, error)
                 errors[row.name] = error
+            if records:  # what is known so far can be read while the rest runs
+                result = _write(output, config, rows, _results(rows, records, errors, costs), costs, execution)
         if not records:
             raise next(iter(errors.values()))
-        results = {
-            row.name: row_result(row, records[row.same_as], costs)
-            if row.same_as in records
-            else RowResult(row.name, row.ablation.doc, {}, error=str(errors[row.same_as]))
-            for row in rows
-        }
-        return _write(output, config, rows, results, costs, execution)
+        return result
+
+
+def _results(
+    rows: Sequence[Row],
+    records: Mapping[str, Mapping[str, Any]],
+    errors: Mapping[str, LungsegError],
+    costs: Costs,
+) -> dict[str, RowResult]:
+    """Rows that are done or have failed, by name."""
+    found = {}
+    for row in rows:
+        if row.same_as in records:
+            found[row.name] = row_result(row, records[row.same_as], costs)
+        elif row.same_as in errors:
+            found[row.name] = RowResult(
+                row.name, row.ablation.doc, {}, published=PUBLISHED.get(row.name), error=str(errors[row.same_as])
+            )
+    return found
+
+
+def plan_dict(config: BenchmarkConfig, *, model: Path | None = None) -> dict[str, Any]:
+    """Settings of every row as JSON types: what ``lungseg benchmark --dry-run`` prints."""
+    return {row.name: _settings(row) for row in plan_rows(config)}
 
 
 def _settings(row: Row) -> dict[str, object]:
@@ -142,8 +163,18 @@ def _cohorts(output: Path, config: BenchmarkConfig, execution: Execution) -> tup
                 num=num, seed=seed, severity=severity, format="store", extent_mm=config.extent_mm,
             )  # fmt: skip
             phantom(output / name, settings, execution=execution).require_complete()
+        if blocks:
+            _check_cases(Store(output / name), blocks)
     healthy = Store(output / "healthy") if made["healthy"] else None
     return Store(output / "train"), Store(output / "test"), healthy
+
+
+def _check_cases(store: Store, blocks: Sequence[tuple[str, int, int]]) -> None:
+    """Refuse a store with phantoms of an earlier, larger cohort: they would be counted."""
+    wanted = {case_name(seed + i) for _, seed, num in blocks for i in range(num)}
+    strangers = sorted(set(store.case_ids()) - wanted)
+    if strangers:
+        raise MismatchError(f"{store.path} holds other phantoms too ({listed(strangers)}): use another output folder")
 
 
 def _network(row: Row, train: Store, output: Path, costs: Costs, execution: Execution) -> Path | None:
@@ -165,11 +196,14 @@ def _write(
     costs: Costs,
     execution: Execution,
 ) -> StageResult:
-    """The tables as files and for the terminal; a table of which no row was asked for is left as it is."""
+    """The tables as files and for the terminal; a table without a row is left as it is."""
     notes = _notes(config, rows, results, costs, execution)
+    to_come = [row.name for row in rows if row.name not in results]
+    if to_come:
+        notes.append(f"Not done yet: {', '.join(to_come)}.")
     shown = []
     for number, names, text in ((2, tuple(METHODS), method_tables), (3, TABLE_3, ablation_table)):
-        chosen = [results[row.name] for row in table_rows(rows, names)]
+        chosen = [results[row.name] for row in table_rows(rows, names) if row.name in results]
         if chosen:
             write_text(output / f"table-{number}.md", text(chosen, notes))
             write_text(output / f"table-{number}.csv", benchmark_csv(chosen))
@@ -204,7 +238,7 @@ def _notes(
         f"from {config.train_seed}), n = {config.test} test phantoms ({told(config.test_seed, config.test)}; seeds "
         f"from {config.test_seed}), {config.healthy} healthy. One phantom is one patient.",
         "Nothing but the evaluation reads a label; clusterings are fitted on the training phantoms and applied as they "
-        "are.",
+        "are. Methods differ in nothing but the clustering: all have the contours of `refine` by default.",
     ]
     if networks:
         notes.append(
@@ -214,7 +248,7 @@ def _notes(
     notes += [
         f"Row {row.name} has the settings of row {row.same_as} and shows its figures."
         for row in rows
-        if row.same_as != row.name
+        if row.same_as != row.name and row.name in results
     ]
     notes.append(
         f"Seconds: CPU time of a scan from volume.h5 to labels.h5, {execution.jobs} at a time (workers are started for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -203,6 +204,13 @@ def test_results_of_other_settings_are_refused(made: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_phantoms_of_a_larger_cohort_are_not_counted(made: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny(tmp_path, "rules"), test=1, healthy=0)
+    with pytest.raises(MismatchError, match=r"test holds other phantoms too \(phantom-521\)"):
+        benchmark("segmentation", made, config, execution=QUIET)
+
+
+@pytest.mark.slow
 def test_killed_again_and_again_it_goes_on_to_the_same_tables(made: Path, tmp_path: Path) -> None:
     """Kill -9 of the command, as soon as each of these files is there; the last life gets through."""
     tiny(tmp_path)
@@ -213,8 +221,9 @@ def test_killed_again_and_again_it_goes_on_to_the_same_tables(made: Path, tmp_pa
         command += [f"--{key.replace('_', '-')}", text]
     for sign in (
         "test/cases/phantom-520/volume.h5",
-        "models/preset/config.json",
         "test/cases/phantom-520/labels.rules.h5",
+        "table-2.csv",
+        "models/preset/config.json",
     ):
         with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ) as process:
             deadline = time.monotonic() + 300
@@ -223,7 +232,8 @@ def test_killed_again_and_again_it_goes_on_to_the_same_tables(made: Path, tmp_pa
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
-        assert not (out / "table-2.csv").exists()
+    assert {name for name, _ in lines(out / "table-2.csv")} == {"rules"}  # written as soon as there is a row
+    assert "Not done yet: diffseglung." in (out / "table-2.md").read_text(encoding="utf-8")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = lines(made / "table-2.csv")
