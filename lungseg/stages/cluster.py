@@ -11,7 +11,9 @@ from lungseg.config.cluster import RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_
 from lungseg.config.execution import Execution, resolve_device
 from lungseg.errors import InputError, MismatchError, UsageError
 from lungseg.radiomics.descriptor import Standardisation
+from lungseg.segmentation.density import TokenStatistics
 from lungseg.segmentation.encoding import resolve_encoding
+from lungseg.segmentation.hu_anchors import refer_statistics
 from lungseg.segmentation.lattice import lattice_shape
 from lungseg.stages.cluster_fit import fit_cohort, sample_case
 from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, run_cases
@@ -197,28 +199,39 @@ def _apply_one(case_id: str, store: Store, source: TokenSource, fitted: NamedFit
             return SKIPPED, ""
         scan = Scan.of(volume)
         lattice = lattice_shape(scan.mask.shape, source.cell)
+        referred = _ReferredStatistics.of_scan(scan, source) if fitted.needs_statistics else None
         posterior, coverage = np.zeros((len(tissues), *lattice), np.float16), np.zeros(lattice, np.uint8)
         for part in source.parts(scan) if scan.mask.any() else ():
             if part.usable.any():
-                values = _posterior_of(part, scan, source, fitted)
-                if joined:
-                    values = _by_tissue(values, fitted)
-                posterior[:, *part.sites][:, part.usable] = values.T
+                tokens = np.ascontiguousarray(part.features[:, part.usable].T, dtype=np.float32)
+                values = fitted.posterior(tokens, None if referred is None else referred.of(part))
+                posterior[:, *part.sites][:, part.usable] = (_by_tissue(values, fitted) if joined else values).T
                 coverage[part.sites][part.usable] = 1
         write_artefact(path, "clusters", {"posterior": posterior, "coverage": coverage}, provenance=wanted)
     return DONE, "" if coverage.any() else "no lung: nothing to cluster"
 
 
-def _posterior_of(part: TokenPart, scan: Scan, source: TokenSource, fitted: NamedFit) -> np.ndarray:
-    """Posterior float32 (M, K) of the usable tokens of a part."""
-    tokens = np.ascontiguousarray(part.features[:, part.usable].T, dtype=np.float32)
-    statistics = None
-    if fitted.needs_statistics:
-        sites = np.argwhere(part.usable)
-        starts = np.array([s.start or 0 for s in part.sites])
-        steps = np.array([s.step or 1 for s in part.sites])
-        statistics, _ = source.statistics(scan, sites * steps + starts)
-    return fitted.posterior(tokens, statistics)
+@dataclasses.dataclass(frozen=True)
+class _ReferredStatistics:
+    """HU statistics of all sites with lung of one scan, referred to that scan."""
+
+    statistics: TokenStatistics
+    row: np.ndarray
+    """int32 (z, y, x): where a site's are; -1 without lung."""
+
+    @classmethod
+    def of_scan(cls, scan: Scan, source: TokenSource) -> _ReferredStatistics:
+        """Those of a scan."""
+        index, statistics, mode = source.statistics_of_lung(scan)
+        row = np.full(lattice_shape(scan.mask.shape, source.cell), -1, dtype=np.int32)
+        row[tuple(index.T)] = np.arange(len(index))
+        return cls(refer_statistics(statistics, healthy_mode_hu=mode), row)
+
+    def of(self, part: TokenPart) -> TokenStatistics:
+        """Those of the usable tokens of a part, in their order."""
+        rows = self.row[part.sites][part.usable]
+        columns = {field.name: getattr(self.statistics, field.name) for field in dataclasses.fields(TokenStatistics)}
+        return TokenStatistics(**{name: values[rows] for name, values in columns.items()})
 
 
 def _by_tissue(values: np.ndarray, fitted: NamedFit) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,11 +14,14 @@ from lungseg.config.cluster import UNFITTED_METHODS, ClusterConfig
 from lungseg.config.execution import Execution
 from lungseg.config.fields import to_dict
 from lungseg.errors import MismatchError
+from lungseg.segmentation.anchored import AnchoredFit, fit_anchored
 from lungseg.segmentation.baselines import fit_kmeans
 from lungseg.segmentation.clustering import Clustering, TissueVotes
 from lungseg.segmentation.density import TokenStatistics
+from lungseg.segmentation.hu_anchors import refer_statistics
 from lungseg.segmentation.mixture import fit_mixture
 from lungseg.segmentation.naming import ComponentName, NamingRule, name_components, name_tokens, renumbered
+from lungseg.segmentation.spherical import fit_spherical
 from lungseg.stages.cohort import DONE, SKIPPED, limited_threads
 from lungseg.stages.fits import NamedFit, load_fit, write_fit
 from lungseg.stages.token_sources import Scan, TokenSource
@@ -33,6 +37,13 @@ FIT_SETTINGS = tuple(
     f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size", "slab_gib")
 )
 """Settings that a fit depends on."""
+RULES: Mapping[str, str] = {
+    "rules": "tissue by the naming rules of each token",
+    "attention": "tissue by the votes of each attention segment",
+    "hu-thresholds": "tissue by HU thresholds",
+}
+"""Why a component of a method without a fit has its tissue."""
+ANCHORED_RULE = "tissue by construction: anchored at its HU"
 _STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
 
 
@@ -124,13 +135,13 @@ class _Sample:
     statistics: TokenStatistics
     names: np.ndarray
     """uint8 (N,): tissue by the naming rules."""
-    modes_hu: np.ndarray
-    """float32 (N,): healthy mode of the scan each comes from."""
+    referred: TokenStatistics
+    """The statistics, each token's referred to its own scan."""
 
 
 def _read(store: Store, case_ids: list[str], config: ClusterConfig) -> _Sample:
     share = max(1, config.max_tokens // len(case_ids))
-    tokens, statistics, names, modes = [], [], [], []
+    tokens, statistics, names, referred = [], [], [], []
     for case_id in case_ids:
         with store.open(case_id, "tokens", config.run_name) as sample:
             if not len(found := sample.read("features")[:share]):
@@ -140,10 +151,10 @@ def _read(store: Store, case_ids: list[str], config: ClusterConfig) -> _Sample:
         tokens.append(found)
         statistics.append(table)
         names.append(name_tokens(table, healthy_mode_hu=mode))
-        modes.append(np.full(len(table), mode, dtype=np.float32))
+        referred.append(refer_statistics(table, healthy_mode_hu=mode))
     if not tokens:
         raise MismatchError(f"no case of {store.path} has a token with enough lung: lower --min-token-lung")
-    return _Sample(np.concatenate(tokens), _join(statistics), np.concatenate(names), np.concatenate(modes))
+    return _Sample(np.concatenate(tokens), _join(statistics), np.concatenate(names), _join(referred))
 
 
 def _fit(store: Store, case_ids: list[str], source: TokenSource, provenance: dict[str, Any]) -> NamedFit:
@@ -155,12 +166,14 @@ def _fit(store: Store, case_ids: list[str], source: TokenSource, provenance: dic
         sample = dataclasses.replace(sample, tokens=sample.tokens * scale)
     clustering = _fit_clustering(sample, source)
     rule = cast(NamingRule, config.naming)
-    posterior = clustering.posterior(sample.tokens, sample.statistics)
+    posterior = clustering.posterior(sample.tokens, sample.referred)
     names = name_components(posterior, sample.names, sample.statistics, rule=rule)
     if isinstance(clustering, TissueVotes):
-        names = _named_by_method(names, clustering.tissues, config.method)
+        names = _named_by_construction(sorted(names, key=_component), clustering.tissues, RULES[config.method])
     else:
         clustering = clustering.reorder([name.component for name in names])
+        if isinstance(clustering, AnchoredFit):
+            names = _named_by_construction(names, clustering.tissues, ANCHORED_RULE)
     return NamedFit(clustering, tuple(renumbered(names)), provenance, scale)
 
 
@@ -187,7 +200,7 @@ def _fit_clustering(sample: _Sample, source: TokenSource) -> Clustering:
     config = source.config
     if config.method in UNFITTED_METHODS:
         return TissueVotes()
-    log.info("cluster: fitting %d components (%s) on %d tokens", config.components, config.mixture, len(sample.tokens))
+    log.info("cluster: fitting %s to %d tokens", config.mixture, len(sample.tokens))
     reduction: dict[str, Any] = {"pca_components": config.pca, "whiten": config.whiten}
     search: dict[str, Any] = {
         "restarts": config.restarts, "max_iterations": config.iterations, "seed": config.seed,
@@ -196,6 +209,16 @@ def _fit_clustering(sample: _Sample, source: TokenSource) -> Clustering:
         return fit_kmeans(
             sample.tokens, num_components=config.components, standardise=config.standardise, **reduction, **search
         )
+    if config.mixture == "vmf":
+        levels = len(config.timesteps) if config.combine == "concat" else 1
+        return fit_spherical(sample.tokens, num_components=config.components, blocks=levels, **search)
+    if config.mixture == "anchored":
+        anchored = fit_anchored(
+            sample.tokens, sample.referred, standardise=config.standardise, regularisation=config.regularisation,
+            max_iterations=config.iterations, **reduction,
+        )  # fmt: skip
+        log.info("cluster: %d components have members, converged %s", anchored.num_components, anchored.converged)
+        return anchored
     mixture = fit_mixture(
         sample.tokens, num_components=config.components, standardise=config.standardise,
         regularisation=config.regularisation, **reduction, **search,
@@ -204,15 +227,13 @@ def _fit_clustering(sample: _Sample, source: TokenSource) -> Clustering:
     return mixture
 
 
-def _named_by_method(names: list[ComponentName], tissues: tuple[Tissue, ...], method: str) -> list[ComponentName]:
-    """Names in the order of the components, whose tissue the method gives by construction."""
-    words = {
-        "rules": "tissue by the naming rules of each token",
-        "attention": "tissue by the votes of each attention segment",
-        "hu-thresholds": "tissue by HU thresholds",
-    }[method]
-    ordered = sorted(names, key=lambda name: name.component)
-    return [dataclasses.replace(name, tissue=tissue, rule=words) for name, tissue in zip(ordered, tissues, strict=True)]
+def _component(name: ComponentName) -> int:
+    return name.component
+
+
+def _named_by_construction(names: Sequence[ComponentName], tissues: Sequence[Tissue], rule: str) -> list[ComponentName]:
+    """Names whose tissue the clustering gives itself: that of the component in the same place."""
+    return [dataclasses.replace(name, tissue=tissue, rule=rule) for name, tissue in zip(names, tissues, strict=True)]
 
 
 def _statistics(table: np.ndarray) -> TokenStatistics:

@@ -13,17 +13,25 @@ import numpy as np
 
 from lungseg.diffusion.checkpoint import Student, read_model_file, save_model
 from lungseg.errors import InputError, MismatchError
+from lungseg.segmentation.anchored import AnchoredFit
 from lungseg.segmentation.baselines import KMeansFit
 from lungseg.segmentation.clustering import Clustering, TissueVotes
 from lungseg.segmentation.density import TokenStatistics
 from lungseg.segmentation.mixture import MixtureFit
 from lungseg.segmentation.naming import ComponentName
+from lungseg.segmentation.spherical import SphericalFit
 from lungseg.store.atomic import atomic_path, read_json, write_json
 from lungseg.tissue import TISSUES, tissue_by_name
 
-KINDS: Mapping[str, type[Any]] = {"gmm": MixtureFit, "kmeans": KMeansFit, "rules": TissueVotes}
+KINDS: Mapping[str, type[Any]] = {
+    "gmm": MixtureFit,
+    "kmeans": KMeansFit,
+    "anchored": AnchoredFit,
+    "vmf": SphericalFit,
+    "rules": TissueVotes,
+}
 """Kind of a clustering -> its class."""
-STATISTICS_KINDS: tuple[str, ...] = ()
+STATISTICS_KINDS = ("anchored",)
 """Kinds that look at the HU statistics of a token too."""
 TOKEN_SCALE = "token_scale"
 """Name of the factors of the token's channels among the arrays of a fit."""

@@ -11,15 +11,18 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from pipeline_fixture import QUIET, REFINE
+from pipeline_fixture import QUIET, RADIOMICS, REFINE
 
 from lungseg.config import ClusterConfig, Execution, make_config
 from lungseg.config.cluster import METHODS, RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_METHODS, VOXEL_METHODS
 from lungseg.config.run import RunConfig
 from lungseg.errors import InputError, MismatchError, UsageError
+from lungseg.segmentation.anchored import AnchoredFit
 from lungseg.stages.cluster import cluster
 from lungseg.stages.cluster_fit import block_scale
 from lungseg.stages.cohort import StageResult
+from lungseg.stages.extract_radiomics import extract_radiomics
+from lungseg.stages.fits import load_fit
 from lungseg.stages.refine import refine
 from lungseg.stages.run import run
 from lungseg.store.cases import Store
@@ -42,10 +45,25 @@ def settings(method: str) -> ClusterConfig:
     )
 
 
-def store_of(finished: Path, target: Path) -> Path:
-    """A store of one case, clustered by nothing."""
-    unwanted = shutil.ignore_patterns("fits", "*.diffseglung.h5", OTHER)
-    return Path(shutil.copytree(finished / "store", target, ignore=unwanted))
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """A store of one case that is clustered by nothing, and the training run of a model for it."""
+
+    store: Path
+    model: Path
+
+    def copy(self, target: Path) -> Path:
+        """A store to change."""
+        return Path(shutil.copytree(self.store, target))
+
+
+@pytest.fixture(scope="module")
+def single(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Single:
+    """One case of the finished run, with a standardisation of its own."""
+    target = tmp_path_factory.mktemp("single") / "store"
+    shutil.copytree(finished / "store", target, ignore=shutil.ignore_patterns("fits", "*.diffseglung.h5", OTHER))
+    extract_radiomics(target, RADIOMICS, execution=Execution(quiet=True, overwrite=True)).require_complete()
+    return Single(target, finished / "run")
 
 
 def clustered(store: Path, run_dir: Path, config: ClusterConfig, *, fit: Path | None = None) -> StageResult:
@@ -66,30 +84,30 @@ DEAR = ("diffusion-only", "diffseglung+radiomics", "diffusion-only+radiomics")
 
 @pytest.fixture(scope="module", params=[pytest.param(m, marks=pytest.mark.slow if m in DEAR else ()) for m in METHODS])
 def mapped(
-    request: pytest.FixtureRequest, finished: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, single: Single, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
     """Each method in turn, and a store it has mapped."""
     method = str(request.param)
-    store = store_of(finished, tmp_path_factory.mktemp("mapped") / "store")
-    return method, _mapped(store, finished, method)
+    store = single.copy(tmp_path_factory.mktemp("mapped") / "store")
+    return method, _mapped(store, single, method)
 
 
-def _mapped(store: Path, finished: Path, method: str) -> Path:
+def _mapped(store: Path, single: Single, method: str) -> Path:
     config = settings(method)
-    clustered(store, finished / "run", config)
+    clustered(store, single.model, config)
     plain = dataclasses.replace(REFINE, name=config.run_name, fusion="none")
     refine(store, plain, execution=QUIET).require_complete()
     return store
 
 
 def test_labels_are_the_same_without_references_and_with_noise_for_them(
-    mapped: tuple[str, Path], finished: Path, tmp_path: Path
+    mapped: tuple[str, Path], single: Single, tmp_path: Path
 ) -> None:
     method, store = mapped
     name = settings(method).run_name
     found = results(store, name)
     for kind in ("none", "noise"):
-        other = store_of(finished, tmp_path / kind)
+        other = single.copy(tmp_path / kind)
         path = other / "cases" / CASE / "reference.h5"
         with h5py.File(path) as file:
             shape = file["labels"].shape
@@ -97,7 +115,7 @@ def test_labels_are_the_same_without_references_and_with_noise_for_them(
         if kind == "noise":
             noise = np.random.default_rng(3).integers(0, 6, shape, dtype=np.uint8)
             write_artefact(path, "reference", {"labels": noise}, provenance=make_provenance("preprocess", {}))
-        assert results(_mapped(other, finished, method), name) == found
+        assert results(_mapped(other, single, method), name) == found
     assert {path.split("/")[-1] for path in found} == {
         f"tokens.{name}.h5", f"clusters.{name}.h5", f"labels.{name}.h5", "mixture.safetensors", "clusters.json",
     }  # fmt: skip
@@ -133,18 +151,40 @@ def _check_description(store: Path, method: str, name: str) -> None:
 
 
 def test_a_fit_is_applied_to_another_store_without_refitting(
-    mapped: tuple[str, Path], finished: Path, tmp_path: Path
+    mapped: tuple[str, Path], single: Single, tmp_path: Path
 ) -> None:
     method, first = mapped
     config = settings(method)
     name = config.run_name
     # the other store has no standardisation of its own: the fit brings it
-    second = store_of(finished, tmp_path / "second")
+    second = single.copy(tmp_path / "second")
     (second / "standardisation.json").unlink()
-    clustered(second, finished / "run", config, fit=first / "fits" / name)
+    clustered(second, single.model, config, fit=first / "fits" / name)
     assert not (second / "fits").exists()
     file = f"cases/{CASE}/clusters.{name}.h5"
     assert (second / file).read_bytes() == (first / file).read_bytes()
+
+
+@pytest.mark.parametrize("mixture", ["anchored", "kmeans", "vmf"])
+def test_other_mixtures_of_the_same_tokens(mixture: str, single: Single, tmp_path: Path) -> None:
+    """Fitted, saved, and applied again from the file; an anchored component is what it is anchored at."""
+    store = single.copy(tmp_path / "store")
+    method = "diffseglung" if mixture == "vmf" else "radiomics"
+    config = dataclasses.replace(settings(method), mixture=mixture)
+    clustered(store, single.model, config)
+    file = store / "cases" / CASE / f"clusters.{method}.h5"
+    before = file.read_bytes()
+    file.unlink()
+    clustered(store, single.model, config, fit=store / "fits" / method)
+    assert file.read_bytes() == before
+    fit = load_fit(store / "fits" / method)
+    assert fit.mixture.kind == mixture
+    if isinstance(fit.mixture, AnchoredFit):
+        assert [name.tissue for name in fit.names] == list(fit.mixture.tissues)
+        assert {name.rule for name in fit.names} == {"tissue by construction: anchored at its HU"}
+    with Store(store).open(CASE, "clusters", method) as clusters:
+        posterior, coverage = clusters.read("posterior").astype(np.float32), clusters.read("coverage") > 0
+    np.testing.assert_allclose(posterior[:, coverage].sum(0), 1.0, atol=5e-3)
 
 
 def test_combinations_weigh_both_blocks_alike() -> None:
@@ -157,26 +197,26 @@ def test_combinations_weigh_both_blocks_alike() -> None:
     np.testing.assert_array_equal(scale[46:], 1.0)  # a block that does not vary
 
 
-def test_methods_can_live_side_by_side_under_any_name(finished: Path, tmp_path: Path) -> None:
-    store = store_of(finished, tmp_path / "store")
+def test_methods_can_live_side_by_side_under_any_name(single: Single, tmp_path: Path) -> None:
+    store = single.copy(tmp_path / "store")
     fine = make_config(ClusterConfig, method="rules", name="rules-fine", token_stride=4, naming_window=8)
-    clustered(store, finished / "run", fine)
-    clustered(store, finished / "run", make_config(ClusterConfig, method="rules"))
+    clustered(store, single.model, fine)
+    clustered(store, single.model, make_config(ClusterConfig, method="rules"))
     with Store(store).open(CASE, "clusters", "rules-fine") as fine_one:
         assert fine_one.provenance["token_size"] == 4
     with Store(store).open(CASE, "clusters", "rules") as coarse:
         assert coarse.provenance["token_size"] == 8
 
 
-def test_errors_say_what_to_do(finished: Path, tmp_path: Path) -> None:
-    store = store_of(finished, tmp_path / "store")
+def test_errors_say_what_to_do(single: Single, tmp_path: Path) -> None:
+    store = single.copy(tmp_path / "store")
     for method in STUDENT_METHODS:
         with pytest.raises(UsageError, match=r"needs a trained model.*--model"):
             cluster(store, None, settings(method), execution=QUIET)
     rules = settings("rules")
     with pytest.raises(UsageError, match=r"--bundle .* --method rules has no model: share the folder .*fits/rules"):
         cluster(store, None, rules, bundle=tmp_path / "b.safetensors", execution=QUIET)
-    noted = cluster(store, finished / "run", rules, execution=QUIET)
+    noted = cluster(store, single.model, rules, execution=QUIET)
     assert noted.notes[0] == "--model is not used: --method rules needs none"
     with pytest.raises(MismatchError, match="is of --method rules, not of hu-thresholds"):
         cluster(store, None, settings("hu-thresholds"), fit=store / "fits" / "rules", execution=QUIET)
@@ -211,7 +251,7 @@ def test_a_method_brings_its_recipe_and_options_beat_it() -> None:
     }  # fmt: skip
 
 
-def test_thresholds_need_no_training_case(finished: Path, tmp_path: Path) -> None:
+def test_thresholds_need_no_training_case(single: Single, tmp_path: Path) -> None:
     """A store of test scans alone can be mapped by what is not fitted; a mixture says what it lacks."""
     from tiny_store import add_case, make_store
 
