@@ -92,7 +92,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "regularisation": 1e-4,
             "naming": "mean-hu-adaptive",
         },
-        RefineConfig: {"fusion": "none"},
+        RefineConfig: {"fusion": "none", "rim_mm": 0.0},
     },
     # the paper's text
     "paper-text": {
@@ -105,6 +105,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "regularisation": 1e-4,
             "naming": "mean-hu",
         },
+        RefineConfig: {"fusion": "sobel", "rim_mm": 0.0},
     },
 }
 
