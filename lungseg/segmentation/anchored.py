@@ -160,7 +160,7 @@ def fit_anchored(
         as the root of their number, so that those of the d token dimensions then spread as those of the F HU
         features. At 1 the tokens would drown the HU.
     sparse : bool
-        Let components without members vanish.
+        Let tissues without members vanish.
     pca_components, whiten, standardise
         As for ``fit_mixture``.
     regularisation : float
@@ -181,9 +181,9 @@ def fit_anchored(
     Source
     ------
     METHOD 7.7. Conjugate priors in the form of pseudo-tokens (normal-inverse-Gamma for the HU, inverse-Wishart for the
-    tokens' covariances; Fraley & Raftery, J Classif 2007;24:155). Weights by minimum message length (Figueiredo & Jain,
-    IEEE PAMI 2002;24:381, eq. 17): a Dirichlet prior of exponent -P / 2, P the parameters of a component, so that one
-    with too few tokens to pay for them vanishes.
+    tokens' covariances; Fraley & Raftery, J Classif 2007;24:155). Weights of the tissues by minimum message length
+    (Figueiredo & Jain, IEEE PAMI 2002;24:381, eq. 17): a Dirichlet prior of exponent -P / 2, P the parameters of a
+    component, so that a tissue with too few tokens to pay for one vanishes.
     """
     features = _features(tokens, statistics)
     anchors = literature_anchors() if anchors is None else anchors

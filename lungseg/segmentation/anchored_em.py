@@ -10,6 +10,9 @@ from lungseg.segmentation.hu_anchors import Anchors
 from lungseg.segmentation.mixture import gaussian_log_density
 from lungseg.segmentation.reduction import log_sum_exp, parts_of
 
+SMALLEST_COMPONENT = 1e-3
+"""A component with fewer tokens has vanished: nothing could be said of its spread."""
+
 
 @dataclass(frozen=True)
 class Components:
@@ -54,7 +57,7 @@ class AnchoredEM:
     token_weight : float
         Power of the token likelihood.
     sparse : bool
-        Let components without members vanish.
+        Let tissues without members vanish.
     regularisation : float
         Added to the diagonal of each token covariance.
     """
@@ -70,6 +73,7 @@ class AnchoredEM:
         regularisation: float,
     ) -> None:
         self.anchors = anchors
+        self.owner = np.unique(np.asarray(anchors.tissues), return_inverse=True)[1]
         self.anchor_count = anchor_count
         self.token_variance = token_variance
         self.token_weight = token_weight
@@ -96,6 +100,7 @@ class AnchoredEM:
     def log_prior(self, state: Components) -> float:
         """Log prior density of the parameters, up to a constant."""
         alive = state.weights > 0
+        tissues = np.bincount(self.owner, weights=state.weights)
         centre, spread = self.anchors.centre[alive], self.anchors.spread[alive]
         variance = state.hu_sds[alive] ** 2
         pseudo = np.log(variance) + (spread**2 + (state.hu_means[alive] - centre) ** 2) / variance
@@ -106,7 +111,7 @@ class AnchoredEM:
         return float(
             -0.5 * self.anchor_count * pseudo.sum()
             + 0.5 * count * (log_det - trace)
-            - self._cost(state) * np.log(state.weights[alive]).sum()
+            - self._cost(state) * np.log(tissues[tissues > 0]).sum()
         )
 
     def _expect(
@@ -124,10 +129,7 @@ class AnchoredEM:
 
     def _maximise(self, sums: _Sums, before: Components) -> Components:
         """Parameters of the highest posterior given the responsibilities; vanished components keep theirs."""
-        # Figueiredo & Jain 2002, eq. 17; the largest component never vanishes
-        left = np.maximum(sums.count - self._cost(before), 0.0)
-        if not left.any():
-            left = np.where(sums.count == sums.count.max(), 1.0, 0.0)
+        left = self._weights(sums.count, self._cost(before))
         means, cholesky = before.means.copy(), before.precision_cholesky.copy()
         hu_means, hu_sds = before.hu_means.copy(), before.hu_sds.copy()
         dim, variance = before.means.shape[1], self._prior_variance(before)
@@ -141,7 +143,21 @@ class AnchoredEM:
             lower = np.linalg.cholesky(covariance)
             cholesky[k] = np.linalg.solve(lower, np.eye(dim)).T
             hu_means[k], hu_sds[k] = self._hu_gaussian(sums, int(k))
-        return Components(left / left.sum(), means, cholesky, hu_means, hu_sds)
+        return Components(left, means, cholesky, hu_means, hu_sds)
+
+    def _weights(self, count: np.ndarray, cost: float) -> np.ndarray:
+        """Weights (K,) of components with so many tokens: sparse over tissues, of highest likelihood within one.
+
+        Figueiredo & Jain 2002, eq. 17, for tissues: were it for components, the anchors of one tissue would drive each
+        other out and leave gaps between them. The largest tissue never vanishes.
+        """
+        tokens = np.bincount(self.owner, weights=count)
+        left = np.maximum(tokens - cost, 0.0)
+        if not left.any():
+            left = np.where(tokens == tokens.max(), 1.0, 0.0)
+        share = np.where(count >= SMALLEST_COMPONENT, count, 0.0)
+        weights = left[self.owner] * share / np.maximum(tokens, SMALLEST_COMPONENT)[self.owner]
+        return weights / weights.sum()
 
     def _hu_gaussian(self, sums: _Sums, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and SD (F,) of the members and the pseudo-tokens of the anchor together (normal-inverse-Gamma)."""
@@ -161,7 +177,7 @@ class AnchoredEM:
         return float(self.token_variance * num ** (-2.0 / dim))
 
     def _cost(self, state: Components) -> float:
-        """Tokens that a component must have: half of its parameters; 0 if components are not to vanish."""
+        """Tokens that a tissue must have: half the parameters of a component; 0 if none is to vanish."""
         dim = state.means.shape[1]
         return (dim + dim * (dim + 1) / 2 + 2 * state.hu_means.shape[1]) / 2 if self.sparse else 0.0
 

@@ -121,54 +121,58 @@ def hu_features(statistics: TokenStatistics) -> np.ndarray:
 
 
 def literature_anchors(tissues: Sequence[Tissue] = MIXTURE_TISSUES, *, num: int = DENSITIES_A_TISSUE) -> Anchors:
-    """Anchors of each tissue: ``num`` along its density, smooth, textured or both.
+    """Anchors of each tissue: ``num`` along each band of densities in which it occurs, smooth or textured.
 
-    A tissue that may be either has anchors of both, as wide as those of its neighbours: wider ones would move the cut.
+    The anchors of a band lie side by side, each as wide as half its part of the band. Texture, rise and holes have the
+    same spread on both sides of their cut: a wider one would move it.
 
     Source
     ------
-    Cut points and their sources: ``lungseg.tissue``. GGO and fibrosis overlap in density and differ in texture
-    (METHOD 6); vessels raise the median over a healthy floor (FEASIBILITY failure mode 2).
+    Cut points and their sources: ``lungseg.tissue``; rules: METHOD 1.6. GGO and fibrosis overlap in density and differ
+    in texture (METHOD 6). Vessels raise the median over a healthy floor (FEASIBILITY failure mode 2). Emphysema lowers
+    the floor, or makes holes over a healthy one (LAA-950). At the edge of a consolidation the floor is any aerated one
+    that is no healthy lung, and the median dense (rule 3, failure mode 3).
     """
     healthy = _prototype(Tissue.HEALTHY)
     emphysema_cut = healthy - cut.EMPHYSEMA_BELOW_HEALTHY_MODE_HU
-    bands = {
-        Tissue.EMPHYSEMA: (AIR_HU, emphysema_cut),
-        Tissue.HEALTHY: (emphysema_cut, cut.HEALTHY_MEDIAN_HU),
-        Tissue.GGO: (cut.HEALTHY_MEDIAN_HU, cut.CONSOLIDATION_MEDIAN_HU),
-        Tissue.FIBROSIS: cut.HAA_BAND_HU,
-        Tissue.CONSOLIDATION: (cut.CONSOLIDATION_MEDIAN_HU, DENSEST_LUNG_HU),
-    }
+    solid_band = (cut.CONSOLIDATION_MEDIAN_HU, DENSEST_LUNG_HU)
+    solid, solid_reach = sum(solid_band) / 2, (solid_band[1] - solid_band[0]) / 2
     doubling = math.log(2.0)
     smooth, textured = (-doubling, doubling), (doubling, doubling)
     # a normal tissue of twice the cut's texture has its quartile this much lower than healthy lung's
-    textured_rise = QUARTILE * (2.0 - 1.0 / cut.FIBROSIS_TO_HEALTHY_TEXTURE) * cut.FIBROSIS_LOCAL_SD_HU
-    no_rise, some_rise = (0.0, textured_rise / 2), (textured_rise, textured_rise / 2)
+    rise = QUARTILE * (2.0 - 1.0 / cut.FIBROSIS_TO_HEALTHY_TEXTURE) * cut.FIBROSIS_LOCAL_SD_HU
+    no_rise, some_rise, vessel = (0.0, rise / 2), (rise, rise / 2), (rise, rise)
     # healthy lung reaches the cut at three standard deviations, which is how the cut was chosen (Zach et al. 2012)
     laa_cut = math.asin(math.sqrt(cut.LAA950_EMPHYSEMA_SHARE))
     no_laa, some_laa, any_laa = (0.0, laa_cut / 3), (0.0, laa_cut), (math.pi / 4, math.pi / 4)
-    # a vessel raises the median of a window at will: its floor lies in the band, and its median anywhere above
-    vessel = (textured_rise, textured_rise)
-    patterns: dict[Tissue, list[tuple[bool, tuple[tuple[float, float], ...]]]] = {
-        Tissue.EMPHYSEMA: [(False, (no_rise, smooth, any_laa)), (True, (some_rise, textured, any_laa))],
-        Tissue.HEALTHY: [(False, (no_rise, smooth, no_laa)), (True, (vessel, textured, no_laa))],
-        Tissue.GGO: [(False, (no_rise, smooth, no_laa))],
-        Tissue.FIBROSIS: [(False, (some_rise, textured, some_laa))],
-        Tissue.CONSOLIDATION: [(False, (no_rise, smooth, no_laa)), (False, (some_rise, textured, no_laa))],
-    }
-    names: list[Tissue] = []
-    rows: list[tuple[tuple[float, float], ...]] = []
-    for tissue in tissues:
-        low, high = bands[tissue]
-        step = (high - low) / num
-        for floor_in_band, pattern in patterns[tissue]:
-            for i in range(num):
-                density = low + (i + 0.5) * step
-                floor = density if floor_in_band else density - pattern[0][0]
-                names.append(tissue)
-                rows.append(((floor, step / 2), *pattern))
-    table = np.array(rows, dtype=np.float64)
-    return Anchors(tuple(names), table[:, :, 0], table[:, :, 1])
+    holes = (2 * laa_cut, laa_cut / 3)
+
+    rows: list[tuple[Tissue, tuple[tuple[float, float], ...]]] = []
+    for floor, step in _tiles(AIR_HU, emphysema_cut, num):
+        rows.append((Tissue.EMPHYSEMA, ((floor, step), no_rise, smooth, any_laa)))
+        rows.append((Tissue.EMPHYSEMA, ((floor, step), some_rise, textured, any_laa)))
+    for floor, step in _tiles(emphysema_cut, cut.HEALTHY_MEDIAN_HU, num):
+        rows.append((Tissue.HEALTHY, ((floor, step), no_rise, smooth, no_laa)))
+        rows.append((Tissue.HEALTHY, ((floor, step), vessel, textured, no_laa)))
+        rows.append((Tissue.EMPHYSEMA, ((floor, step), no_rise, smooth, holes)))
+        rows.append((Tissue.EMPHYSEMA, ((floor, step), vessel, textured, holes)))
+    for floor, step in _tiles(cut.HEALTHY_MEDIAN_HU, cut.CONSOLIDATION_MEDIAN_HU, num):
+        rows.append((Tissue.GGO, ((floor, step), no_rise, smooth, no_laa)))
+        rows.append((Tissue.CONSOLIDATION, ((floor, step), (solid - floor, solid_reach), textured, no_laa)))
+    for median, step in _tiles(*cut.HAA_BAND_HU, num):
+        rows.append((Tissue.FIBROSIS, ((median - rise, step), some_rise, textured, some_laa)))
+    for median, step in _tiles(*solid_band, num):
+        rows.append((Tissue.CONSOLIDATION, ((median, step), no_rise, smooth, no_laa)))
+        rows.append((Tissue.CONSOLIDATION, ((median - rise, step), some_rise, textured, no_laa)))
+    rows = [row for row in rows if row[0] in tissues]
+    table = np.array([features for _, features in rows], dtype=np.float64)
+    return Anchors(tuple(tissue for tissue, _ in rows), table[:, :, 0], table[:, :, 1])
+
+
+def _tiles(low: float, high: float, num: int) -> list[tuple[float, float]]:
+    """Centres and half widths of ``num`` equal parts of a band."""
+    step = (high - low) / num
+    return [(low + (i + 0.5) * step, step / 2) for i in range(num)]
 
 
 def _prototype(tissue: Tissue) -> float:
