@@ -41,7 +41,7 @@ PUBLISHED_LEVELS = (25, 75, 120)
 PUBLISHED_MIN_LUNG = 0.01
 PUBLISHED_COMPONENTS = 30
 MIN_WINDOWS = 10
-VOXEL_SAMPLES = (20_000, 40_000, 80_000)
+VOXEL_SAMPLES = (50_000, 100_000, 200_000)
 
 
 def store_for(folder: Path, fitted: FittedRow | None, config: BenchmarkConfig) -> Store:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lungseg.config import BenchmarkConfig, ClusterConfig, EvaluateConfig, Execution
-from lungseg.config.ablations import METHODS, ROWS, TABLE_3
+from lungseg.config import BenchmarkConfig, ClusterConfig, EvaluateConfig, Execution, RefineConfig
+from lungseg.config.ablations import ABLATIONS, METHODS, ROWS, TABLE_3
 from lungseg.config.cluster import STUDENT_METHODS
 from lungseg.config.fields import from_dict
 from lungseg.errors import LungsegError, MismatchError, UsageError
@@ -47,7 +47,10 @@ tokens-per-patch = 4
 [cluster]
 restarts = 1
 tokens-per-case = 400
-"""
+
+[refine]
+""" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in ABLATIONS["6-sobel"].changes[RefineConfig].items())
+"""Small settings; the default contours are those of the last row of the ablation, which is then not made twice."""
 COHORT = {
     "train": 1, "test": 2, "healthy": 1, "train_seed": 510, "test_seed": 520, "extent_mm": (100, 110, 130),
     "images": 8, "bootstrap": 100,
