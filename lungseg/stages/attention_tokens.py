@@ -9,7 +9,6 @@ from lungseg.diffusion.attention_maps import middle_attention
 from lungseg.diffusion.checkpoint import Student
 from lungseg.diffusion.tokens import NoiseField
 from lungseg.segmentation.attention_merging import merge_attention
-from lungseg.segmentation.baselines import tissue_shares
 from lungseg.segmentation.lattice import (
     TokenFusion,
     gaussian_window,
@@ -22,7 +21,7 @@ from lungseg.store.patches import mask_fractions
 
 
 def attention_shares(
-    image_hu: np.ndarray, mask: np.ndarray, names: np.ndarray, student: Student, config: ClusterConfig
+    image_hu: np.ndarray, mask: np.ndarray, votes: np.ndarray, student: Student, config: ClusterConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the tissues of each token: the votes of the segment it belongs to, in each window by itself.
 
@@ -30,8 +29,8 @@ def attention_shares(
     ----------
     image_hu, mask : arrays, shape (Z, Y, X)
         int16 HU and bool lung on the student's grid.
-    names : uint8 array, shape (z, y, x)
-        ``Tissue`` of each token by its own HU, 0 where there is none: the votes.
+    votes : float32 array, shape (5, z, y, x)
+        Shares of the tissues of each token by its own HU, in the order of ``MIXTURE_TISSUES``.
     student : Student
         Windows are its patches, which are its attention windows too.
     config : ClusterConfig
@@ -51,8 +50,7 @@ def attention_shares(
     patch, p = student.config.patch_size, student.config.token_size
     grid = [n // p for n in patch]
     usable = token_mask_fraction(mask, p) > 0
-    votes = tissue_shares(names.reshape(-1)).reshape(*names.shape, -1)
-    fusion = TokenFusion(usable.shape, votes.shape[-1])
+    fusion = TokenFusion(usable.shape, len(votes))
     weights = gaussian_window(grid, config.window_sigma).reshape(grid)
     target = padded_shape(image_hu.shape, patch, p)
     image, lung = (
@@ -60,7 +58,7 @@ def attention_shares(
         np.pad(mask, [(0, t - n) for t, n in zip(target, mask.shape, strict=True)]),
     )
     beyond = [(0, t // p - n) for t, n in zip(target, usable.shape, strict=True)]
-    votes, inside = np.pad(votes, [*beyond, (0, 0)]), np.pad(usable, beyond)
+    votes, inside = np.pad(votes, [(0, 0), *beyond]), np.pad(usable, beyond)
     stride = [max(p, round(n * (1 - config.overlap) / p) * p) for n in patch]
     corners = window_corners(target, patch, stride, token_size=p)
     corners = corners[mask_fractions(lung, corners, patch) >= max(config.min_window_lung, 1e-9)]
@@ -72,7 +70,7 @@ def attention_shares(
         maps = middle_attention(student, hu, lungs, part, noise, timesteps=config.timesteps)
         for corner, attention in zip(part // p, maps, strict=True):
             cells = tuple(slice(c, c + n) for c, n in zip(corner, grid, strict=True))
-            shares = _segment_votes(attention, votes[cells], inside[cells], config)
+            shares = _segment_votes(attention, votes[:, *cells], inside[cells], config)
             fusion.add(corner, shares, weights * inside[cells])
     fused, covered = fusion.result(unit_blocks=0)
     return fused, covered & usable
@@ -84,9 +82,9 @@ def _segment_votes(attention: np.ndarray, votes: np.ndarray, inside: np.ndarray,
         attention, inside.shape, inside.reshape(-1),
         anchor_stride=config.attention_anchors, threshold=config.attention_threshold,
     )  # fmt: skip
-    flat = votes.reshape(-1, votes.shape[-1])
+    flat = votes.reshape(len(votes), -1)
     result = np.zeros_like(flat)
     for segment in range(segments.max() + 1):
         members = segments == segment
-        result[members] = flat[members].mean(axis=0)
-    return result.T.reshape(-1, *inside.shape)
+        result[:, members] = flat[:, members].mean(axis=1, keepdims=True)
+    return result.reshape(votes.shape)

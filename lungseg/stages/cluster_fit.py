@@ -20,7 +20,7 @@ from lungseg.segmentation.clustering import Clustering, TissueVotes
 from lungseg.segmentation.density import TokenStatistics
 from lungseg.segmentation.hu_anchors import refer_statistics
 from lungseg.segmentation.mixture import fit_mixture
-from lungseg.segmentation.naming import ComponentName, NamingRule, name_components, name_tokens, renumbered
+from lungseg.segmentation.naming import ComponentName, NamingRule, name_components, renumbered
 from lungseg.segmentation.spherical import fit_spherical
 from lungseg.stages.cohort import DONE, SKIPPED, limited_threads
 from lungseg.stages.fits import NamedFit, load_fit, write_fit
@@ -29,7 +29,7 @@ from lungseg.store.atomic import read_json
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
 from lungseg.store.schema import check_current, make_provenance, write_artefact
-from lungseg.tissue import Tissue
+from lungseg.tissue import MIXTURE_TISSUES, UNCLASSIFIED, Tissue
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def sample_case(case_id: str, store: Store, source: TokenSource, overwrite: bool
         datasets = {
             "index": index,
             "features": features,
+            "shares": source.rule_shares(scan, index),
             "statistics": np.stack([getattr(statistics, name) for name in _STATISTICS], axis=1).astype(np.float32),
         }
         write_artefact(path, "tokens", datasets, provenance={**wanted, "healthy_mode_hu": mode})
@@ -110,6 +111,7 @@ def fit_cohort(store: Store, case_ids: list[str], source: TokenSource, execution
             with store.open(case_id, "tokens", name) as sample:
                 samples[case_id] = sample.fingerprint
         settings = {key: value for key, value in to_dict(config).items() if key in FIT_SETTINGS}
+        settings.update(source.settings(naming=True))
         facts: dict[str, Any] = {"spacing_mm": store.header["config"].get("spacing_mm")}
         if source.standardisation is not None:
             facts["standardisation"] = source.standardisation.to_dict()
@@ -142,15 +144,16 @@ class _Sample:
 def _read(store: Store, case_ids: list[str], config: ClusterConfig) -> _Sample:
     share = max(1, config.max_tokens // len(case_ids))
     tokens, statistics, names, referred = [], [], [], []
+    tissues = np.array(MIXTURE_TISSUES, dtype=np.uint8)
     for case_id in case_ids:
         with store.open(case_id, "tokens", config.run_name) as sample:
             if not len(found := sample.read("features")[:share]):
                 continue
             table = _statistics(sample.read("statistics")[:share])
-            mode = sample.provenance["healthy_mode_hu"]
+            shares, mode = sample.read("shares")[:share], sample.provenance["healthy_mode_hu"]
         tokens.append(found)
         statistics.append(table)
-        names.append(name_tokens(table, healthy_mode_hu=mode))
+        names.append(np.where(shares.any(axis=1), tissues[shares.argmax(axis=1)], np.uint8(UNCLASSIFIED)))
         referred.append(refer_statistics(table, healthy_mode_hu=mode))
     if not tokens:
         raise MismatchError(f"no case of {store.path} has a token with enough lung: lower --min-token-lung")

@@ -32,7 +32,7 @@ from lungseg.segmentation.density import (
     token_statistics,
 )
 from lungseg.segmentation.encoding import encode_passes, lattice_cell
-from lungseg.segmentation.lattice import Region, lattice_shape, token_mask_fraction
+from lungseg.segmentation.lattice import Region, token_mask_fraction
 from lungseg.segmentation.naming import name_tokens
 from lungseg.stages.attention_tokens import attention_shares
 from lungseg.store.atomic import canonical_json
@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 
 VOXEL_PLANES = 16
 """Planes of voxels given at once by the methods that look at every voxel: bounds the memory."""
+
+RULES_VERSION = 1
+"""Of ``TokenSource.rule_shares``: samples and posteriors of another version are not gone on with."""
 
 _STUDENT_SETTINGS = ("timesteps", "combine", "encoding", "overlap", "window_sigma", "min_window_lung")
 _ATTENTION_SETTINGS = (
@@ -123,10 +126,8 @@ class TokenSource:
         elif self.method == "attention":
             assert self.model is not None
             student = cached_student(self.model, self.device)
-            index, statistics, mode = self.statistics_of_lung(scan)
-            names = np.zeros(lattice_shape(scan.mask.shape, self.cell), dtype=np.uint8)
-            names[tuple(index.T)] = name_tokens(statistics, healthy_mode_hu=mode)
-            shares, usable = attention_shares(scan.image, scan.mask, names, student, self.config)
+            votes = self._named_part(scan).features
+            shares, usable = attention_shares(scan.image, scan.mask, votes, student, self.config)
             yield TokenPart(_everywhere(usable), shares, usable)
         elif self.model is None:
             yield self._radiomic_part(scan)
@@ -168,11 +169,19 @@ class TokenSource:
     def _named_part(self, scan: Scan) -> TokenPart:
         """Shares of the tissues by the naming rules."""
         usable = token_mask_fraction(scan.mask, self.cell) > 0
-        index, statistics, mode = self.statistics_of_lung(scan)
-        shares = tissue_shares(name_tokens(statistics, healthy_mode_hu=mode))
+        shares = self.rule_shares(scan, np.argwhere(usable))
         features = np.zeros((shares.shape[1], *usable.shape), dtype=np.float32)
-        features[:, *index.T] = shares.T
+        features[:, usable] = shares.T
         return TokenPart(_everywhere(usable), features, usable)
+
+    def rule_shares(self, scan: Scan, index: np.ndarray) -> np.ndarray:
+        """What the naming rules say of sites (N, 3): shares of the tissues, float32 (N, 5); all 0 if they say nothing.
+
+        The one place where a scan meets the rules: method `rules`, and the votes that name components and attention
+        segments. Raise ``RULES_VERSION`` when it changes.
+        """
+        statistics, mode = self.statistics(scan, index)
+        return tissue_shares(name_tokens(statistics, healthy_mode_hu=mode))
 
     def statistics_of_lung(self, scan: Scan) -> tuple[np.ndarray, TokenStatistics, float]:
         """Sites (N, 3) whose cell holds lung, their HU statistics, and the scan's healthy mode."""
@@ -221,10 +230,12 @@ def token_settings(config: ClusterConfig, *, naming: bool = False) -> dict[str, 
         names.append("radiomics_window")
     if config.method not in (*VOXEL_METHODS, "attention"):
         names.append("token_stride")
+    values = to_dict(config)
+    rules = {}
     if naming or config.method in ("rules", "attention") or config.mixture == "anchored":
         names += _NAMING_SETTINGS
-    values = to_dict(config)
-    return {name: values[name] for name in names}
+        rules = {"rules_version": RULES_VERSION}
+    return {**{name: values[name] for name in names}, **rules}
 
 
 def open_source(

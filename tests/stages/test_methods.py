@@ -170,7 +170,7 @@ def test_other_mixtures_of_the_same_tokens(mixture: str, single: Single, tmp_pat
     """Fitted, saved, and applied again from the file; an anchored component is what it is anchored at."""
     store = single.copy(tmp_path / "store")
     method = "diffseglung" if mixture == "vmf" else "radiomics"
-    config = dataclasses.replace(settings(method), mixture=mixture)
+    config = dataclasses.replace(settings(method), mixture=mixture)  # 44 anchors need tokens 4 voxels apart
     clustered(store, single.model, config)
     file = store / "cases" / CASE / f"clusters.{method}.h5"
     before = file.read_bytes()
@@ -199,13 +199,13 @@ def test_combinations_weigh_both_blocks_alike() -> None:
 
 def test_methods_can_live_side_by_side_under_any_name(single: Single, tmp_path: Path) -> None:
     store = single.copy(tmp_path / "store")
-    fine = make_config(ClusterConfig, method="rules", name="rules-fine", token_stride=4, naming_window=8)
+    fine = make_config(ClusterConfig, method="rules", name="rules-fine", token_stride=2)
     clustered(store, single.model, fine)
     clustered(store, single.model, make_config(ClusterConfig, method="rules"))
     with Store(store).open(CASE, "clusters", "rules-fine") as fine_one:
-        assert fine_one.provenance["token_size"] == 4
+        assert fine_one.provenance["token_size"] == 2
     with Store(store).open(CASE, "clusters", "rules") as coarse:
-        assert coarse.provenance["token_size"] == 8
+        assert coarse.provenance["token_size"] == 4
 
 
 def test_errors_say_what_to_do(single: Single, tmp_path: Path) -> None:
@@ -220,9 +220,9 @@ def test_errors_say_what_to_do(single: Single, tmp_path: Path) -> None:
     assert noted.notes[0] == "--model is not used: --method rules needs none"
     with pytest.raises(MismatchError, match="is of --method rules, not of hu-thresholds"):
         cluster(store, None, settings("hu-thresholds"), fit=store / "fits" / "rules", execution=QUIET)
-    finer = dataclasses.replace(rules, token_stride=4)
-    with pytest.raises(MismatchError, match="token_stride: fitted with None, now 4"):
-        cluster(store, None, finer, fit=store / "fits" / "rules", execution=QUIET)
+    coarser = dataclasses.replace(rules, token_stride=8)
+    with pytest.raises(MismatchError, match="token_stride: fitted with 4, now 8"):
+        cluster(store, None, coarser, fit=store / "fits" / "rules", execution=QUIET)
     (store / "standardisation.json").unlink()
     with pytest.raises(InputError, match=r"standardisation.json is missing: run lungseg extract-radiomics"):
         cluster(store, None, settings("radiomics"), execution=QUIET)
