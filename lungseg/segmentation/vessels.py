@@ -164,13 +164,18 @@ def _gradient(smooth: np.ndarray, mask: np.ndarray, spacing_mm: Sequence[float])
 
 
 def _distance(where: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Distance in mm of each voxel of a set to the nearest voxel outside it; 0 outside."""
-    from scipy.ndimage import distance_transform_edt
+    """Distance in mm of each voxel of a set to the nearest voxel outside it, float32; 0 outside.
 
+    From the indices, axis by axis: scipy's own distances take 48 bytes a voxel on the way.
+    """
     if where.all():
         return np.full(where.shape, np.inf, dtype=np.float32)
-    result: np.ndarray = distance_transform_edt(where, sampling=spacing_mm)
-    return result.astype(np.float32)
+    total = np.zeros(where.shape, dtype=np.float32)
+    for axis, (index, spacing) in enumerate(zip(_nearest(~where, spacing_mm), spacing_mm, strict=True)):
+        own = np.arange(where.shape[axis], dtype=np.int32).reshape([-1 if a == axis else 1 for a in range(3)])
+        total += np.square((index - own) * np.float32(spacing))
+    result: np.ndarray = np.sqrt(total, out=total)
+    return result
 
 
 def _nearest(known: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
