@@ -98,14 +98,16 @@ TABLE_3 = ("1-8-bit", "2-hu", "3-distillation", "4-warm-up", "5-timesteps", "6-s
 """Rows of the cumulative ablation, in order."""
 
 
-def _method(doc: str, method: str, train: Mapping[str, Any] | None = None) -> Ablation:
-    return Ablation(doc, {**({TrainConfig: train} if train else {}), ClusterConfig: {"method": method}})
+def _method(doc: str, method: str, train: Mapping[str, Any] | None = None, *, plain: bool = False) -> Ablation:
+    """``plain``: label maps of the plain posterior, as a baseline has them."""
+    taught = {TrainConfig: train} if train else {}
+    return Ablation(doc, {**taught, ClusterConfig: {"method": method}, **(_NO_FUSION if plain else {})})
 
 
 METHODS: Mapping[str, Ablation] = {
-    "hu-thresholds": _method("literature cuts of the HU, median filter 3^3", "hu-thresholds"),
-    "hu-gmm": _method("one-dimensional mixture of smoothed HU", "hu-gmm"),
-    "radiomics-kmeans": _method("the paper's baseline: K-means, K = 5, mean-HU names", "radiomics-kmeans"),
+    "hu-thresholds": _method("literature cuts of the HU, median filter 3^3", "hu-thresholds", plain=True),
+    "hu-gmm": _method("one-dimensional mixture of smoothed HU", "hu-gmm", plain=True),
+    "radiomics-kmeans": _method("the paper's baseline: K-means, K = 5, mean-HU names", "radiomics-kmeans", plain=True),
     "rules": _method("naming rules on HU and texture of tokens, nothing learned", "rules"),
     "radiomics": _method("the same mixture and names on the teacher's descriptor", "radiomics"),
     # what the paper compares with has not been taught either

@@ -238,7 +238,8 @@ def _notes(
         f"from {config.train_seed}), n = {config.test} test phantoms ({told(config.test_seed, config.test)}; seeds "
         f"from {config.test_seed}), {config.healthy} healthy. One phantom is one patient.",
         "Nothing but the evaluation reads a label; clusterings are fitted on the training phantoms and applied as they "
-        "are. Methods differ in nothing but the clustering: all have the contours of `refine` by default.",
+        "are. Table 2: the baselines hu-thresholds, hu-gmm and radiomics-kmeans keep their plain posteriors, all other "
+        "methods have the contours of `refine` by default.",
     ]
     if networks:
         notes.append(
