@@ -72,8 +72,11 @@ def run(
     if model is not None and train:
         raise UsageError("--model and --train exclude each other")
     plan = plan_run(config, model=Path(model) if model else None)
-    if model is None and not train and plan.cluster.method in STUDENT_METHODS:
+    needs_model = plan.cluster.method in STUDENT_METHODS
+    if model is None and not train and needs_model:
         raise UsageError(HOW_TO_GET_A_MODEL)
+    if train and not needs_model:
+        raise UsageError(f"--train trains a model, which method {plan.cluster.method} of [cluster] does not use")
     output = output_folder(Path(output))
     store_path, bundle = output / "store", output / "bundle.safetensors"
     prepared = preprocess(

@@ -270,6 +270,9 @@ def test_run_needs_no_model_where_the_method_needs_none(manifest: Path, tmp_path
         run(None, tmp_path / "out", RunConfig(preset="tiny"), manifest=manifest, execution=QUIET)
     assert not (tmp_path / "out").exists()
     toml.write_text('[preprocess]\nspacing-mm = 2.0\n[cluster]\nmethod = "rules"\n')
+    rules = RunConfig(preset="tiny", config=str(toml))
+    with pytest.raises(UsageError, match="--train trains a model, which method rules"):
+        run(None, tmp_path / "out", rules, manifest=manifest, train=True, execution=QUIET)
     done = run(
         None, tmp_path / "out", RunConfig(preset="tiny", config=str(toml), salt="s"), manifest=manifest,
         execution=Execution(quiet=True),
