@@ -100,7 +100,7 @@ TABLE_3 = ("1-8-bit", "2-hu", "3-distillation", "4-warm-up", "5-timesteps", "6-s
 
 def _method(doc: str, method: str, train: Mapping[str, Any] | None = None, *, plain: bool = False) -> Ablation:
     """``plain``: label maps of the plain posterior, as a baseline has them."""
-    taught = {TrainConfig: train} if train else {}
+    taught: Changes = {TrainConfig: train} if train else {}
     return Ablation(doc, {**taught, ClusterConfig: {"method": method}, **(_NO_FUSION if plain else {})})
 
 
