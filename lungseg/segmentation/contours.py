@@ -30,6 +30,9 @@ from lungseg.tissue import MIXTURE_TISSUES, OUTSIDE, Tissue
 
 MARGIN_VOXELS = 8
 """Voxels round the lung's box: smoothings end before its border (four standard deviations of 2)."""
+GUIDE_RADIUS_VOXELS = 5
+"""Largest half box of the guided filter: it holds both sides of an edge anywhere in a cell of 8. With 8, emphysema lost
+seven points of Dice to vessels in the box (validation phantom 300)."""
 RIM_MM = 8.0
 """A window of the default tokens at 1 mm: thicker bands round solid bodies are no partial volume."""
 EVIDENCE_WEIGHT = 0.5
@@ -171,7 +174,9 @@ def _on_voxels(
     lung = mask[region]
     result = np.zeros((len(posterior), *lung.shape), dtype=np.float16)
     slabs = (
-        guided_slabs(posterior, guide_hu, mask, token_size=token_size, radius=token_size, region=region)
+        guided_slabs(
+            posterior, guide_hu, mask, token_size=token_size, radius=min(token_size, GUIDE_RADIUS_VOXELS), region=region
+        )
         if guided
         else upsample_slabs(posterior, mask.shape, token_size, region=region)
     )

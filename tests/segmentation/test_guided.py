@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lungseg.errors import InputError
+from lungseg.segmentation.contours import GUIDE_RADIUS_VOXELS
 from lungseg.segmentation.density import smooth_hu
 from lungseg.segmentation.guided import guided_slabs
 from lungseg.segmentation.lattice import lattice_shape, upsample_posterior
@@ -17,7 +18,13 @@ WHOLE = tuple(slice(0, n) for n in SHAPE)
 def _guided(posterior, guide, mask, token_size=8, **settings):
     result = np.full((len(posterior), *SHAPE), np.nan, dtype=np.float32)
     for part, values in guided_slabs(
-        posterior, guide, mask, token_size=token_size, radius=token_size, region=WHOLE, **settings
+        posterior,
+        guide,
+        mask,
+        token_size=token_size,
+        radius=min(token_size, GUIDE_RADIUS_VOXELS),
+        region=WHOLE,
+        **settings,
     ):
         result[:, part] = values
     return result
