@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # CUDA packages. On a CUDA machine: make setup CONSTRAINTS=
 CONSTRAINTS ?= torch==2.13.0
 DEMO_OUTPUT ?= demo-output
+TABLES_OUTPUT ?= tables-output
 JOBS ?= 2
 SEED ?= 0
 # One thread per process: contended cores are up to ten times slower with two.
@@ -62,9 +63,10 @@ bench: setup
 	$(BIN)/python tests/benchmarks/interval_coverage.py 300
 	$(BIN)/python tests/benchmarks/student_speed.py
 
-tables: demo
-	@cat $(DEMO_OUTPUT)/test/scores/table.md
+tables: $(STAMP)-core
+	$(BIN)/lungseg benchmark segmentation -o $(TABLES_OUTPUT) --jobs $(JOBS)
+	@cat $(TABLES_OUTPUT)/table-2.md $(TABLES_OUTPUT)/table-3.md
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) $(DEMO_OUTPUT) $(TABLES_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _STAGES = (
     "preprocess", "extract_radiomics", "train_ddpm", "synthesize", "cluster", "refine", "evaluate", "run", "demo",
-    "phantom", "doctor", "info", "probe", "export_model",
+    "phantom", "doctor", "info", "probe", "export_model", "benchmark",
 )  # fmt: skip
 
 __all__ = ["__version__", *_STAGES]

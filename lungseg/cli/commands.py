@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lungseg.cli.options import Command, PathOption
+from lungseg.config.benchmark import BenchmarkConfig
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.export_model import ExportModelConfig
@@ -155,14 +156,13 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "cluster",
         "lungseg.stages.cluster:cluster",
-        "Tokens of the trained model, a Gaussian mixture over the cohort, and a name for each component.",
+        "Tokens by the method asked for, one clustering over the cohort, and a name for each component.",
         (
             _STORE,
             PathOption(
                 "model",
-                "Training run, model.safetensors, bundle, or `starter`: the shipped model.",
+                "Training run, model.safetensors, bundle, or `starter`: the shipped model; some methods need none.",
                 ("--model",),
-                required=True,
             ),
             PathOption("fit", "Apply this fit (bundle, or fits/<name> of a store) instead of fitting.", ("--fit",)),
             PathOption(
@@ -174,7 +174,7 @@ COMMANDS: tuple[Command, ...] = (
         ClusterConfig,
         (
             "lungseg cluster cohort --model run --bundle bundle.safetensors",
-            "lungseg cluster new --model bundle.safetensors --fit bundle.safetensors",
+            "lungseg cluster new --method radiomics --fit cohort/fits/radiomics",
         ),
     ),
     Command(
@@ -292,6 +292,22 @@ COMMANDS: tuple[Command, ...] = (
             "lungseg phantom -o cohort -n 8 --format store --severity mixed --kernel sharp",
         ),
         ("jobs", "overwrite", "dry_run", *_SAYING),
+    ),
+    Command(
+        "benchmark",
+        "lungseg.stages.benchmark:benchmark",
+        "The tables of the paper on digital phantoms: every method, and the cumulative ablation; WHAT is segmentation.",
+        (
+            PathOption("what", "Which benchmark: segmentation.", required=True),
+            _output("Folder for phantoms, networks, maps and tables; the same command again goes on."),
+        ),
+        BenchmarkConfig,
+        (
+            "lungseg benchmark segmentation -o tables",
+            "lungseg benchmark segmentation -o tables --rows rules,diffseglung --train 2 --test 2 --images 600",
+        ),
+        ("device", "jobs", "threads", "overwrite", "dry_run", *_SAYING),
+        plan="lungseg.stages.benchmark:plan_dict",
     ),
     Command(
         "doctor",

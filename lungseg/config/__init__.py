@@ -1,5 +1,6 @@
 """Configuration: one frozen dataclass per command, presets, TOML files, validation."""
 
+from lungseg.config.benchmark import BenchmarkConfig
 from lungseg.config.cluster import ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
@@ -15,6 +16,7 @@ from lungseg.config.train_ddpm import TrainConfig
 
 __all__ = [
     "PRESETS",
+    "BenchmarkConfig",
     "ClusterConfig",
     "EvaluateConfig",
     "Execution",

@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT")
 
 TABLES = (
     "preprocess", "extract-radiomics", "train-ddpm", "synthesize", "cluster", "refine", "evaluate", "report",
-    "run", "phantom", "probe", "export-model",
+    "run", "phantom", "probe", "export-model", "benchmark",
 )  # fmt: skip
 """Tables of a TOML file: the commands that have settings."""
 MAX_SEED = 2**32 - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lungseg.config.cluster import ClusterConfig
+from lungseg.config.cluster import METHOD_SETTINGS, ClusterConfig
 from lungseg.config.extract_radiomics import RadiomicsConfig
 from lungseg.config.fields import from_dict
 from lungseg.config.phantom import PhantomConfig
@@ -92,7 +92,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "regularisation": 1e-4,
             "naming": "mean-hu-adaptive",
         },
-        RefineConfig: {"fusion": "none"},
+        RefineConfig: {"fusion": "none", "rim_mm": 0.0},
     },
     # the paper's text
     "paper-text": {
@@ -105,6 +105,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "regularisation": 1e-4,
             "naming": "mean-hu",
         },
+        RefineConfig: {"fusion": "sobel", "rim_mm": 0.0},
     },
 }
 
@@ -118,6 +119,8 @@ def make_config(
 ) -> ConfigT:
     """Configuration from a preset, overlaid by a file's values, overlaid by explicit ones (``None``: not given).
 
+    A method of clustering brings settings of its own, which go over those of the preset.
+
     Raises
     ------
     UsageError
@@ -125,7 +128,10 @@ def make_config(
     """
     if preset not in PRESETS:
         raise UsageError(f"--preset: '{preset}' is not one of {', '.join(PRESETS)}")
+    given = {key.replace("-", "_"): value for key, value in (file_values or {}).items()}
+    given.update({key: value for key, value in values.items() if value is not None})
     merged: dict[str, Any] = dict(PRESETS[preset].get(cls, {}))
-    merged.update({key.replace("-", "_"): value for key, value in (file_values or {}).items()})
-    merged.update({key: value for key, value in values.items() if value is not None})
+    if cls is ClusterConfig:
+        merged.update(METHOD_SETTINGS.get({**merged, **given}.get("method", ""), {}))
+    merged.update(given)
     return from_dict(cls, merged)

@@ -7,15 +7,31 @@ from dataclasses import dataclass
 from lungseg.config.fields import option
 from lungseg.tissue import LOBE_CONVENTIONS
 
+FUSIONS = ("none", "sobel", "guided", "potts", "guided-sobel", "guided-potts", "potts-sobel", "guided-potts-sobel")
+"""Ways to draw contours: steps in the order in which they run, joined by hyphens."""
+
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Sobel-Diffusion Fusion and clean-up. Source: METHOD 1.6."""
+    """Contours and clean-up. Sources: METHOD 1.6, 7.8, 7.9."""
 
     name: str = option("diffseglung", "Clustering to refine.")
     fusion: str = option(
-        "sobel", "Contours: Sobel-Diffusion Fusion, or the plain posterior.", choices=("sobel", "none")
+        "guided",
+        "Contours, by steps: guided (posterior upsampled along the edges of the scan), potts (neighbours of like HU "
+        "tend to one tissue), sobel (Sobel-Diffusion Fusion); none: the plain posterior.",
+        choices=FUSIONS,
     )
+    rim_mm: float = option(
+        8.0,
+        "Thinner bands of ground glass or fibrosis round solid bodies are partial volume and go to their neighbours; "
+        "0: keep.",
+        unit="mm",
+        minimum=0,
+    )
+    potts_strength: float = option(1.0, "Potts: tie of neighbours of equal HU, in log probability.", minimum=0)
+    potts_iterations: int = option(5, "Potts: updates of all voxels.", minimum=0, maximum=100)
+    hu_evidence: float = option(0.5, "Potts: weight of each voxel's HU; 0: none.", minimum=0, maximum=1)
     label_sigma: float = option(2.0, "Smoothing of the label map.", unit="voxels", above=0.0)
     image_sigma: float = option(1.0, "Smoothing of the scan before its gradient.", unit="voxels", above=0.0)
     band: float = option(0.1, "Label gradient, relative to its maximum, where contours may move.", minimum=0, maximum=1)

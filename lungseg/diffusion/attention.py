@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lungseg.diffusion.layers import make_norm, zero_init
+from lungseg.errors import MismatchError
 
 
 class Attention(nn.Module):
@@ -45,6 +46,31 @@ class Attention(nn.Module):
                 region = h[:, *part]
                 mixed[:, *part] = _join(self._attend(_partition(region, shape)), region.shape[1:-1], shape)
         return x + mixed.movedim(-1, 1)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """How much each token of a map attends to each: rows sum to 1.
+
+        Parameters
+        ----------
+        x : tensor (N, C, *S)
+            What :meth:`forward` is given; at most one window along each axis.
+
+        Returns
+        -------
+        float32 tensor (N, L, L)
+            L the product of S, row i of token i.
+
+        Raises
+        ------
+        MismatchError
+            If the map is larger than a window.
+        """
+        if self.window is not None and any(n > w for n, w in zip(x.shape[2:], self.window, strict=True)):
+            raise MismatchError(f"a map of {tuple(x.shape[2:])} tokens is larger than attention windows {self.window}")
+        tokens = self.norm(x).flatten(2).movedim(1, -1)  # (N, L, C)
+        q, k, _ = F.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias).chunk(3, dim=-1)
+        scores = (q @ k.transpose(1, 2)).float() / math.sqrt(q.shape[-1])
+        return scores.softmax(dim=-1)
 
     def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
         """Attention among the tokens (B, L, C) of each row of the batch."""

@@ -24,12 +24,20 @@ them twice."""
 class NoiseField:
     """Standard normal noise as a function of (seed, t, voxel position): the same in every window that sees a voxel."""
 
-    def __init__(self, seed: int, plane_shape: tuple[int, int], *, depth: int = 0) -> None:
-        """``depth``: planes of the deepest box that will be asked for; boxes beside each other share their planes."""
+    def __init__(self, seed: int, plane_shape: tuple[int, int], *, origin: Sequence[int] = (0, 0, 0)) -> None:
+        """``origin``: voxel (z, y, x) from which corners count, for a volume that was widened at its beginning.
+
+        Beyond the planes, and before the first one, the noise is reflected as the volume is.
+        """
         self._seed = seed
-        self._kept = max(depth, PLANES_KEPT)
+        self._origin = tuple(int(o) for o in origin)
+        self._kept = PLANES_KEPT
         self._shape = plane_shape
         self._planes: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def keep(self, depth: int) -> None:
+        """Keep as many planes as the deepest box has that will be asked for: boxes beside each other share them."""
+        self._kept = max(self._kept, depth)
 
     def _plane(self, t: int, z: int) -> np.ndarray:
         key = (t, z)
@@ -42,9 +50,26 @@ class NoiseField:
 
     def box(self, t: int, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """Noise of a box: float32, shape ``size`` (d, h, w), at voxel ``corner`` (z, y, x) of the padded volume."""
-        z, y, x = (int(c) for c in corner)
+        z, y, x = (int(c) + o for c, o in zip(corner, self._origin, strict=True))
         d, h, w = size
-        return np.stack([self._plane(t, z + k)[y : y + h, x : x + w] for k in range(d)])
+        planes = [self._plane(t, abs(z + k)) for k in range(d)]
+        (height, width), within = self._shape, y >= 0 and x >= 0
+        if within and y + h <= height and x + w <= width:
+            return np.stack([plane[y : y + h, x : x + w] for plane in planes])
+        rows, columns = reflected(y, h, height), reflected(x, w, width)
+        return np.stack([plane[np.ix_(rows, columns)] for plane in planes])
+
+
+def reflected(start: int, count: int, length: int) -> np.ndarray:
+    """Indices into an axis of ``length`` for ``count`` positions from ``start``, reflected at both ends; int (count,).
+
+    As ``numpy.pad`` with mode "reflect" does: the ends are not repeated.
+    """
+    if length == 1:
+        return np.zeros(count, dtype=np.intp)
+    period = 2 * (length - 1)
+    position = np.arange(start, start + count) % period
+    return np.minimum(position, period - position)
 
 
 @torch.no_grad()

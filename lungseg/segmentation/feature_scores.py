@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lungseg.errors import InputError
-from lungseg.segmentation.mixture import effective_rank
+from lungseg.segmentation.reduction import effective_rank
 
 KMEANS_RESTARTS = 3
 """Starts of K-means: what it finds depends on them, the scores should not."""

@@ -13,17 +13,19 @@ from typing import Any, Literal
 import numpy as np
 
 from lungseg.errors import MismatchError
+from lungseg.segmentation.density import TokenStatistics
+from lungseg.segmentation.reduction import (
+    check_finite,
+    check_width,
+    fit_reduction,
+    log_sum_exp,
+    parts_of,
+)
 
 Covariance = Literal["full", "tied", "diag", "spherical"]
 
 MINIMUM_TOKENS_PER_COMPONENT = 5
 """Fewer tokens than this for each component cannot tell its centre and spread: our choice."""
-CONSTANT_COLUMN_TOLERANCE = 1e-6
-"""A column whose standard deviation is below this share of its largest value is constant (float32 rounding)."""
-RANK_TOLERANCE = 1e-7
-"""Principal directions below this share of the largest variance are rounding and are not whitened (float32)."""
-BATCH_TOKENS = 50_000
-"""Tokens handled at once: bounds the memory (METHOD 1.1, the authors' batch)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class MixtureFit:
     """Whether EM met the tolerance within the iterations."""
     seed: int
 
+    kind = "gmm"
+
     @property
     def num_components(self) -> int:
         """Number of Gaussians K."""
@@ -70,16 +74,18 @@ class MixtureFit:
 
     def reduce(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens (N, D) in the space of the mixture, float64 (N, d)."""
-        self._check(tokens)
+        check_width(tokens, self.num_features)
         return (tokens[:, self.kept_columns].astype(np.float64) - self.offset) @ self.projection
 
-    def posterior(self, tokens: np.ndarray) -> np.ndarray:
+    def posterior(self, tokens: np.ndarray, statistics: TokenStatistics | None = None) -> np.ndarray:
         """Probability of each component given each token.
 
         Parameters
         ----------
         tokens : float array, shape (N, D)
             Finite; D as at the fit.
+        statistics : TokenStatistics, optional
+            Not looked at: this mixture knows tokens only (see ``Clustering``).
 
         Returns
         -------
@@ -93,14 +99,14 @@ class MixtureFit:
         """
         result = np.empty((tokens.shape[0], self.num_components), dtype=np.float32)
         for part, joint in self._joint_log_density(tokens):
-            result[part] = np.exp(joint - _log_sum_exp(joint)[:, None])
+            result[part] = np.exp(joint - log_sum_exp(joint)[:, None])
         return result
 
     def log_likelihood(self, tokens: np.ndarray) -> np.ndarray:
         """Log density of each token under the mixture, in the reduced space; float64 (N,)."""
         result = np.empty(tokens.shape[0], dtype=np.float64)
         for part, joint in self._joint_log_density(tokens):
-            result[part] = _log_sum_exp(joint)
+            result[part] = log_sum_exp(joint)
         return result
 
     def reorder(self, order: Sequence[int]) -> MixtureFit:
@@ -143,24 +149,27 @@ class MixtureFit:
             raise MismatchError(f"damaged mixture: shapes {shapes} do not fit {num} components of {dim} dimensions")
         return fit
 
-    def _check(self, tokens: np.ndarray) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] != self.num_features:
-            raise MismatchError(f"tokens of shape {tokens.shape} given to a mixture of {self.num_features} features")
-
     def _joint_log_density(self, tokens: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Batches of log(weight_k N(x | mean_k, covariance_k)), float64 (B, K)."""
-        self._check(tokens)
-        log_det = np.log(np.diagonal(self.precision_cholesky, axis1=1, axis2=2)).sum(axis=1)
-        constant = np.log(self.weights) + log_det - 0.5 * self.means.shape[1] * np.log(2.0 * np.pi)
-        for start in range(0, tokens.shape[0], BATCH_TOKENS):
-            part = slice(start, min(start + BATCH_TOKENS, tokens.shape[0]))
-            _check_finite(tokens[part])
-            reduced = self.reduce(tokens[part])
-            joint = np.empty((reduced.shape[0], self.num_components))
-            for k, (mean, cholesky) in enumerate(zip(self.means, self.precision_cholesky, strict=True)):
-                distance = (reduced - mean) @ cholesky
-                joint[:, k] = constant[k] - 0.5 * np.einsum("nd,nd->n", distance, distance)
-            yield part, joint
+        check_width(tokens, self.num_features)
+        for part in parts_of(len(tokens)):
+            check_finite(tokens[part])
+            density = gaussian_log_density(self.reduce(tokens[part]), self.means, self.precision_cholesky)
+            yield part, density + np.log(self.weights)
+
+
+def gaussian_log_density(points: np.ndarray, means: np.ndarray, precision_cholesky: np.ndarray) -> np.ndarray:
+    """log N(x | mean_k, covariance_k), float64 (N, K), of points (N, d).
+
+    ``means`` is (K, d); ``precision_cholesky`` (K, d, d) holds upper triangular U with precision = U Uᵀ.
+    """
+    log_det = np.log(np.diagonal(precision_cholesky, axis1=1, axis2=2)).sum(axis=1)
+    constant = log_det - 0.5 * means.shape[1] * np.log(2.0 * np.pi)
+    density = np.empty((points.shape[0], len(means)))
+    for k, (mean, cholesky) in enumerate(zip(means, precision_cholesky, strict=True)):
+        distance = (points - mean) @ cholesky
+        density[:, k] = constant[k] - 0.5 * np.einsum("nd,nd->n", distance, distance)
+    return density
 
 
 def fit_mixture(
@@ -218,16 +227,8 @@ def fit_mixture(
     METHOD 1.5 step 5; start from k-means++ with covariance = mean variance x I as in the authors' code (METHOD 1.1).
     """
     _check_tokens(tokens, num_components)
-    kept = _varying_columns(tokens)
-    offset, covariance_matrix = _moments(tokens, kept)
-    scale = 1.0 / np.sqrt(np.diag(covariance_matrix)) if standardise else np.ones(kept.size)
-    scaled = covariance_matrix * scale[:, None] * scale[None, :]
-    rotation, share = _principal_directions(scaled, pca_components, whiten)
-    projection = scale[:, None] * rotation
-    reduced = np.empty((tokens.shape[0], projection.shape[1]))
-    for start in range(0, tokens.shape[0], BATCH_TOKENS):
-        part = slice(start, start + BATCH_TOKENS)
-        reduced[part] = (tokens[part][:, kept].astype(np.float64) - offset) @ projection
+    reduction = fit_reduction(tokens, pca_components=pca_components, whiten=whiten, standardise=standardise)
+    reduced = reduction.apply(tokens)
     _check_distinct(reduced, num_components)
     best = _best_restart(
         reduced,
@@ -243,66 +244,20 @@ def fit_mixture(
     )
     return MixtureFit(
         num_features=tokens.shape[1],
-        kept_columns=kept,
-        offset=offset,
-        projection=projection,
+        kept_columns=reduction.kept_columns,
+        offset=reduction.offset,
+        projection=reduction.projection,
         weights=np.asarray(best.weights_, dtype=np.float64),
         means=np.asarray(best.means_, dtype=np.float64),
         precision_cholesky=_full_precisions(best, covariance),
-        explained_variance_share=share,
+        explained_variance_share=reduction.explained_variance_share,
         mean_log_likelihood=float(best.lower_bound_),
-        effective_rank=_entropy_rank(np.linalg.eigvalsh(covariance_matrix)),
+        effective_rank=reduction.effective_rank,
         num_tokens=tokens.shape[0],
         num_iterations=int(best.n_iter_),
         converged=bool(best.converged_),
         seed=seed,
     )
-
-
-def effective_rank(tokens: np.ndarray) -> float:
-    """Number of directions that tokens really use: exp(entropy of the covariance's eigenvalue shares).
-
-    Parameters
-    ----------
-    tokens : float array, shape (N, D)
-        Finite.
-
-    Returns
-    -------
-    float
-        1 to D; 0 if the tokens do not vary, or there are fewer than two.
-
-    Source
-    ------
-    Roy & Vetterli, EUSIPCO 2007 (there of singular values; here of variances, so that D equal variances give D).
-    """
-    if tokens.shape[0] < 2:
-        return 0.0
-    _check_finite(tokens)
-    _, covariance = _moments(tokens, np.arange(tokens.shape[1]))
-    return _entropy_rank(np.linalg.eigvalsh(covariance))
-
-
-def _entropy_rank(eigenvalues: np.ndarray) -> float:
-    """Effective rank of a covariance with these eigenvalues."""
-    positive = np.clip(eigenvalues, 0.0, None)
-    total = float(positive.sum())
-    if total <= 0.0:
-        return 0.0
-    share = positive[positive > 0] / total
-    return float(np.exp(-np.sum(share * np.log(share))))
-
-
-def _log_sum_exp(values: np.ndarray) -> np.ndarray:
-    """log(sum(exp)) over the last axis without overflow."""
-    top = values.max(axis=-1)
-    return top + np.log(np.exp(values - top[..., None]).sum(axis=-1))
-
-
-def _check_finite(tokens: np.ndarray) -> None:
-    bad = int(tokens.shape[0] - np.count_nonzero(np.isfinite(tokens).all(axis=1)))
-    if bad:
-        raise MismatchError(f"{bad} of {tokens.shape[0]} tokens hold values that are not finite")
 
 
 def _check_tokens(tokens: np.ndarray, num_components: int) -> None:
@@ -315,8 +270,8 @@ def _check_tokens(tokens: np.ndarray, num_components: int) -> None:
             f"{tokens.shape[0]} tokens cannot be fitted with {num_components} components: at least {needed} are needed "
             f"({MINIMUM_TOKENS_PER_COMPONENT} for each). Give more scans or fewer components"
         )
-    for start in range(0, tokens.shape[0], BATCH_TOKENS):
-        _check_finite(tokens[start : start + BATCH_TOKENS])
+    for part in parts_of(len(tokens)):
+        check_finite(tokens[part])
 
 
 def _check_distinct(reduced: np.ndarray, num_components: int) -> None:
@@ -326,42 +281,6 @@ def _check_distinct(reduced: np.ndarray, num_components: int) -> None:
     distinct = np.unique(reduced, axis=0).shape[0]
     if distinct < num_components:
         raise MismatchError(f"only {distinct} different tokens for {num_components} components")
-
-
-def _varying_columns(tokens: np.ndarray) -> np.ndarray:
-    """Indices of the channels that are not constant."""
-    low, high = tokens.min(axis=0).astype(np.float64), tokens.max(axis=0).astype(np.float64)
-    kept = np.flatnonzero(high - low > CONSTANT_COLUMN_TOLERANCE * np.maximum(np.abs(low), np.abs(high)))
-    if not kept.size:
-        raise MismatchError(f"all {tokens.shape[1]} features are constant over {tokens.shape[0]} tokens")
-    return kept.astype(np.int64)
-
-
-def _moments(tokens: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (F,) and covariance (F, F) with divisor N - 1 of the kept channels, float64, batch by batch."""
-    mean = tokens[:, kept].mean(axis=0, dtype=np.float64)
-    total = np.zeros((kept.size, kept.size))
-    for start in range(0, tokens.shape[0], BATCH_TOKENS):
-        centred = tokens[start : start + BATCH_TOKENS][:, kept] - mean
-        total += centred.T @ centred
-    return mean, total / (tokens.shape[0] - 1)
-
-
-def _principal_directions(covariance: np.ndarray, pca_components: int | None, whiten: bool) -> tuple[np.ndarray, float]:
-    """Matrix (F, d) that rotates (and whitens) centred tokens, and the share of variance it keeps."""
-    if pca_components is None:
-        return np.eye(covariance.shape[0]), 1.0
-    variances, vectors = np.linalg.eigh(covariance)
-    variances, vectors = variances[::-1], vectors[:, ::-1]
-    rank = int(np.count_nonzero(variances > RANK_TOLERANCE * variances[0]))
-    number = min(pca_components, rank)
-    # The sign of an eigenvector is arbitrary: its largest entry is made positive, so that fits can be compared.
-    top = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.where(vectors[top, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
-    rotation = vectors[:, :number]
-    if whiten:
-        rotation = rotation / np.sqrt(variances[:number])
-    return np.ascontiguousarray(rotation), float(variances[:number].sum() / np.clip(variances, 0.0, None).sum())
 
 
 def _best_restart(reduced: np.ndarray, *, restarts: int, seed: int, options: dict[str, Any]) -> Any:

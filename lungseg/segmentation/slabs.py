@@ -127,6 +127,7 @@ def encode_slabs(
     combine: str = "concat",
     seed: int,
     max_voxels: int,
+    noise: NoiseField | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token descriptors of a lung: those of one pass over the whole volume, up to rounding.
 
@@ -145,6 +146,8 @@ def encode_slabs(
     max_voxels : int
         Largest box, with its halo, that is given to the network: bounds the memory. Halved if a CUDA device has none
         left.
+    noise : NoiseField, optional
+        Noise to take instead of that of ``seed``: of a volume that this one was cut from.
 
     Returns
     -------
@@ -171,9 +174,10 @@ def encode_slabs(
     features = np.zeros((width * num_blocks, *usable.shape), dtype=np.float32)
     if not usable.any():
         return features, usable
+    noise = noise or NoiseField(seed, (image.shape[1], image.shape[2]))
     blocks = []
     for t in timesteps:
-        tokens, max_voxels = _trunk(student, image, padded_mask, usable, seed, t, max_voxels)
+        tokens, max_voxels = _trunk(student, image, padded_mask, usable, noise, t, max_voxels)
         blocks.append(_context(student, tokens, usable, t, max_voxels))
     features[:, usable] = combine_levels(blocks, combine).cpu().numpy().T
     return features, usable
@@ -184,7 +188,7 @@ def _trunk(
     image: np.ndarray,
     mask: np.ndarray,
     usable: np.ndarray,
-    seed: int,
+    noise: NoiseField,
     t: int,
     max_voxels: int,
 ) -> tuple[torch.Tensor, int]:
@@ -195,8 +199,7 @@ def _trunk(
     needed = needed_tokens(usable, spec)
     while True:
         axes = plan_boxes(image.shape, token_size=p, halo=halo, max_voxels=max_voxels)
-        depth = max(piece.seen.stop - piece.seen.start for piece in axes[0])
-        noise = NoiseField(seed, (image.shape[1], image.shape[2]), depth=depth)
+        noise.keep(max(piece.seen.stop - piece.seen.start for piece in axes[0]))
         try:
             return _trunk_boxes(student, image, mask, needed, noise, t, itertools.product(*axes)), max_voxels
         except torch.cuda.OutOfMemoryError:

@@ -18,6 +18,8 @@ from lungseg.report.regions import LOBE_REGIONS, check_lobes
 from lungseg.scan.masks import check_labels, onto_grid
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry
+from lungseg.segmentation.contours import Contours, ContourSettings, contours
+from lungseg.segmentation.lattice import fill_uncovered
 from lungseg.store.reader import Artefact
 from lungseg.tissue import LOBE_CONVENTIONS, LUNG_MASK_CONVENTIONS, MIXTURE_TISSUES, OUTSIDE, tissue_by_name
 
@@ -52,6 +54,39 @@ def posterior_by_tissue(posterior: np.ndarray, tissues: Sequence[str]) -> np.nda
     for component, name in zip(posterior, tissues, strict=True):
         result[MIXTURE_TISSUES.index(tissue_by_name(name))] += component
     return result
+
+
+def lattice_posterior(clusters: Artefact) -> np.ndarray:
+    """Posterior per tissue on the lattice, every token filled; all 0 if no token was covered."""
+    posterior = posterior_by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
+    return fill_uncovered(posterior, clusters.read("coverage") > 0)
+
+
+def case_contours(volume: Artefact, clusters: Artefact, config: RefineConfig) -> Contours:
+    """Tissue and posterior of each voxel of the working grid, before the clean-up; empty without lung or tokens."""
+    mask = volume.read("mask") > 0
+    posterior = lattice_posterior(clusters)
+    if not posterior.any():
+        mask[:] = False
+    settings = ContourSettings(
+        method=config.fusion,
+        rim_mm=config.rim_mm,
+        strength=config.potts_strength,
+        evidence_weight=config.hu_evidence,
+        iterations=config.potts_iterations,
+        label_sigma=config.label_sigma,
+        image_sigma=config.image_sigma,
+        band=config.band,
+        edge_floor=config.edge_floor,
+    )
+    return contours(
+        posterior,
+        volume.read("image"),
+        mask,
+        token_size=int(clusters.provenance["token_size"]),
+        spacing_mm=volume.provenance["grid"]["spacing_mm"],
+        settings=settings,
+    )
 
 
 def on_full_grid(volume: Artefact, array: np.ndarray) -> tuple[np.ndarray, Geometry]:

@@ -1,38 +1,28 @@
-"""``lungseg cluster``: tokens of the student, one Gaussian mixture for the cohort, and a name for each component."""
+"""``lungseg cluster``: tokens by the method asked for, one clustering for the cohort, a name for each component."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from lungseg.config.cluster import ClusterConfig
+from lungseg.config.cluster import RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_METHODS, VOXEL_METHODS, ClusterConfig
 from lungseg.config.execution import Execution, resolve_device
-from lungseg.config.fields import to_dict
-from lungseg.diffusion.checkpoint import Student, load_student
-from lungseg.errors import MismatchError
-from lungseg.segmentation.density import (
-    TokenStatistics,
-    healthy_mode_hu,
-    smooth_hu,
-    token_statistics,
+from lungseg.errors import InputError, MismatchError, UsageError
+from lungseg.radiomics.descriptor import Standardisation
+from lungseg.segmentation.density import TokenStatistics
+from lungseg.segmentation.encoding import resolve_encoding
+from lungseg.segmentation.hu_anchors import refer_statistics
+from lungseg.segmentation.lattice import lattice_shape
+from lungseg.stages.cluster_fit import fit_cohort, sample_case
+from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, run_cases
+from lungseg.stages.extract_radiomics import (
+    check_standardisation,
+    find_training_cases,
+    load_standardisation,
+    training_cases,
 )
-from lungseg.segmentation.encoding import encode_lung, resolve_encoding
-from lungseg.segmentation.lattice import token_mask_fraction
-from lungseg.segmentation.mixture import fit_mixture
-from lungseg.segmentation.naming import (
-    NamingRule,
-    name_components,
-    name_tokens,
-    renumbered,
-)
-from lungseg.stages.cohort import DONE, SKIPPED, CaseOutcome, StageResult, limited_threads, run_cases
-from lungseg.stages.extract_radiomics import training_cases
 from lungseg.stages.fits import (
     NamedFit,
     components,
@@ -41,32 +31,26 @@ from lungseg.stages.fits import (
     load_fit,
     names_table,
     write_bundle,
-    write_fit,
 )
-from lungseg.stages.pictures import embedding_picture
-from lungseg.store.atomic import read_json
+from lungseg.stages.token_sources import (
+    Scan,
+    TokenPart,
+    TokenSource,
+    cached_student,
+    check_model,
+    open_source,
+)
 from lungseg.store.cases import Store
 from lungseg.store.locks import lock
-from lungseg.store.reader import Artefact
-from lungseg.store.schema import check_current, make_provenance, write_artefact
-from lungseg.tissue import TISSUES
+from lungseg.store.schema import make_provenance, write_artefact
+from lungseg.tissue import MIXTURE_TISSUES, TISSUES, Tissue
 
-log = logging.getLogger(__name__)
-
-_TOKEN_SETTINGS = (
-    "timesteps", "combine", "encoding", "overlap", "window_sigma", "min_window_lung", "min_token_lung", "seed",
-)  # fmt: skip
-"""Settings the tokens depend on."""
-_SAMPLE_SETTINGS = (*_TOKEN_SETTINGS, "tokens_per_case", "naming_window", "naming_sigma_mm")
-_FIT_SETTINGS = tuple(
-    f.name for f in dataclasses.fields(ClusterConfig) if f.name not in ("name", "batch_size", "slab_gib")
-)
-_STATISTICS = tuple(field.name for field in dataclasses.fields(TokenStatistics))
+__all__ = ["check_model", "cluster"]
 
 
 def cluster(
     store: Store | Path | str,
-    model: Path | str,
+    model: Path | str | None = None,
     config: ClusterConfig = ClusterConfig(),
     *,
     fit: Path | None = None,
@@ -75,14 +59,16 @@ def cluster(
     as_json: bool = False,
     execution: Execution = Execution(),
 ) -> StageResult:
-    """Fit a mixture on the cohort's tokens (or take ``fit``) and write each case's posteriors.
+    """Cluster the cohort's tokens (or take ``fit``) and write each case's posteriors.
 
     Parameters
     ----------
     store : Store or path
-    model : path
-        ``model.safetensors``, a bundle, or a training run.
+    model : path, optional
+        ``model.safetensors``, a bundle, or a training run; needed by ``STUDENT_METHODS``, and ignored, with a note, by
+        the others.
     config : ClusterConfig
+        From ``make_config(ClusterConfig, method=...)``, which knows what a method changes.
     fit : path, optional
         Bundle, or folder ``fits/<name>``: applied as it is, nothing is fitted.
     bundle : path, optional
@@ -90,241 +76,184 @@ def cluster(
     fit_only : bool
         Stop after the fit.
     as_json : bool
-        The result's document holds what became of each case, and every component.
+        The result's document holds the components and what became of each case.
 
     Raises
     ------
+    UsageError
+        If the settings contradict each other, or the method needs a model and there is none.
     MismatchError
         If model, store and fit do not belong together, or results of other settings exist.
     """
     store = store if isinstance(store, Store) else Store(Path(store))
+    if problems := config.check():
+        raise UsageError("\n".join(problems))
+    if bundle is not None and config.method not in STUDENT_METHODS:
+        raise UsageError(
+            f"--bundle holds a model with its fit, and --method {config.method} has no model: share the folder "
+            f"{store.fit_dir(config.run_name)} instead, for --fit"
+        )
     case_ids = store.require_cases()
-    device = resolve_device(execution.device)
-    model_path = find_model(Path(model))
-    student = load_student(model_path)
-    store.check_uniform(case_ids)
-    check_model(store, student, config.timesteps)
-    config = dataclasses.replace(config, encoding=resolve_encoding(student, config.encoding))
+    notes = []
+    if config.method in STUDENT_METHODS and model is None:
+        raise UsageError(f"--method {config.method} needs a trained model: give --model RUN, model.safetensors or FILE")
+    if config.method not in STUDENT_METHODS and model is not None:
+        notes.append(f"--model is not used: --method {config.method} needs none")
+    fitted = load_fit(Path(fit)) if fit is not None else None
+    source, config = _open(store, case_ids, model, config, fitted, execution)
     outcomes: tuple[CaseOutcome, ...] = ()
-    if fit is not None:
-        fitted = load_fit(Path(fit))
-        _check_fit(fitted, student, config, Path(fit))
+    if fitted is not None:
+        _check_fit(fitted, source, store, Path(str(fit)))
     else:
-        training = training_cases(store, case_ids)
+        sampled_ids = _cases_to_sample(store, case_ids, config)
         outcomes = run_cases(
-            _sample_one, training, store, model_path, config, device, execution.overwrite,
-            names=training, title="cluster (tokens)", execution=execution,
+            sample_case, sampled_ids, store, source, execution.overwrite,
+            names=sampled_ids, title="cluster (tokens)", execution=execution,
         )  # fmt: skip
         sampled = StageResult("cluster", store.path, outcomes)
         if execution.shard:
             note = "this shard's tokens are sampled; then fit without --shard, and apply with --fit and --shard"
-            return dataclasses.replace(sampled, notes=(note,))
+            return dataclasses.replace(sampled, notes=(*notes, note))
         if not sampled.complete():
             sampled.require_complete()
-        fitted = _fit(store, sampled.complete(), student, config, execution)
+        fitted = fit_cohort(store, sampled.complete(), source, execution)
+        notes.append(f"fit: {store.fit_dir(config.run_name)}")
     if bundle is not None:
-        write_bundle(Path(bundle), model_path, student, fitted)
-    notes = (f"fit: {store.fit_dir(config.name)}",) if fit is None else ()
+        assert source.model is not None
+        write_bundle(Path(bundle), source.model, cached_student(source.model, source.device), fitted)
     if fit_only:
-        result = StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
-        return result.as_document(components=components(fitted)) if as_json else result
+        return _result(store, outcomes, fitted, notes, as_json)
     unsampled = {o.case_id: o for o in outcomes if o.status not in (DONE, SKIPPED)}
     outcomes = run_cases(
-        _apply_one, case_ids, store, model_path, fitted, config, device, execution.overwrite,
+        _apply_one, case_ids, store, source, fitted, execution.overwrite,
         names=case_ids, title="cluster", execution=execution,
     )  # fmt: skip
     outcomes = tuple(unsampled.get(o.case_id, o) if o.status in (DONE, SKIPPED) else o for o in outcomes)
-    result = StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=notes)
+    return _result(store, outcomes, fitted, notes, as_json)
+
+
+def _result(
+    store: Store, outcomes: tuple[CaseOutcome, ...], fitted: NamedFit, notes: list[str], as_json: bool
+) -> StageResult:
+    """What the command ends with: the table of the components, for people or for machines."""
+    result = StageResult("cluster", store.path, outcomes, tables=(names_table(fitted),), notes=tuple(notes))
     return result.as_document(components=components(fitted)) if as_json else result
 
 
-def _check_fit(fitted: NamedFit, student: Student, config: ClusterConfig, path: Path) -> None:
-    """Refuse a fit of another model, or of tokens made with other settings."""
-    if fitted.provenance["inputs"].get("model") != student.fingerprint:
+def _open(
+    store: Store,
+    case_ids: list[str],
+    model: Path | str | None,
+    config: ClusterConfig,
+    fitted: NamedFit | None,
+    execution: Execution,
+) -> tuple[TokenSource, ClusterConfig]:
+    """The token source of this store, and the configuration with what the model decides."""
+    device = resolve_device(execution.device)
+    store.check_uniform(case_ids)
+    path = None
+    if config.method in STUDENT_METHODS:
+        assert model is not None
+        path = find_model(Path(model))
+        student = cached_student(path, device)
+        check_model(store, student, config.timesteps)
+        config = dataclasses.replace(config, encoding=resolve_encoding(student, config.encoding))
+    standardisation = None
+    if config.method in RADIOMICS_METHODS and config.method != "radiomics-kmeans":
+        standardisation = _standardisation(store, case_ids, config, fitted)
+    return open_source(config, device=device, model=path, standardisation=standardisation), config
+
+
+def _standardisation(
+    store: Store, case_ids: list[str], config: ClusterConfig, fitted: NamedFit | None
+) -> Standardisation:
+    """That of the fit, which its tokens were scaled with, or else the store's."""
+    if fitted is not None and "standardisation" in fitted.provenance:
+        return Standardisation.from_dict(fitted.provenance["standardisation"])
+    found = load_standardisation(store, (config.radiomics_window,) * 3)
+    check_standardisation(store, found, cases=find_training_cases(store, case_ids), mcc=True)
+    return found
+
+
+def _cases_to_sample(store: Store, case_ids: list[str], config: ClusterConfig) -> list[str]:
+    """The training cases; where nothing is fitted the sample only describes, and any cases will do."""
+    try:
+        return training_cases(store, case_ids)
+    except InputError:
+        if config.method not in UNFITTED_METHODS:
+            raise
+        return case_ids
+
+
+def _check_fit(fitted: NamedFit, source: TokenSource, store: Store, path: Path) -> None:
+    """Refuse a fit of another model, of tokens made with other settings, or of another spacing."""
+    made = fitted_settings(fitted.provenance)
+    if made.get("method") != source.method:
+        raise MismatchError(f"the fit {path} is of --method {made.get('method')}, not of {source.method}")
+    if fitted.provenance["inputs"].get("model", "") != source.model_fingerprint:
         raise MismatchError(f"the fit {path} belongs to another model than the one given with --model")
-    made, wanted = fitted_settings(fitted.provenance), to_dict(config)
     differing = [
-        f"{key}: fitted with {made.get(key)}, now {wanted[key]}"
-        for key in _TOKEN_SETTINGS
-        if made.get(key) != wanted[key]
+        f"{key}: fitted with {made.get(key)}, now {value}"
+        for key, value in source.settings().items()
+        if made.get(key) != value
     ]
     if differing:
         raise MismatchError(f"the fit {path} needs tokens made as its own were ({'; '.join(differing)})")
+    theirs, ours = fitted.provenance.get("spacing_mm"), store.header["config"].get("spacing_mm")
+    if theirs is not None and theirs != ours and source.method not in VOXEL_METHODS:
+        raise MismatchError(f"the fit {path} is of a store of {theirs} mm, store {store.path} has {ours} mm")
 
 
-def check_model(store: Store, student: Student, timesteps: Sequence[int]) -> None:
-    """Refuse a store of another spacing than the model's, and noise levels that its diffusion does not have.
-
-    Raises
-    ------
-    MismatchError
-        Saying which, and what to do.
-    """
-    spacing, trained = float(store.header["config"]["spacing_mm"]), float(student.card["spacing_mm"])
-    if abs(spacing - trained) > 1e-6:
-        raise MismatchError(
-            f"the model was trained at {trained} mm, store {store.path} has {spacing} mm: "
-            f"make the store with --spacing-mm {trained}"
-        )
-    beyond = [t for t in timesteps if t > student.schedule.num_steps]
-    if beyond:
-        raise MismatchError(f"--timesteps {beyond}: the model's diffusion has {student.schedule.num_steps} steps")
-
-
-_STUDENTS: dict[tuple[Path, str, int], Student] = {}
-
-
-def _student(path: Path, device: str) -> Student:
-    """The model, loaded once per process and version of the file."""
-    key = (path, device, path.stat().st_mtime_ns)
-    if key not in _STUDENTS:
-        _STUDENTS.clear()
-        _STUDENTS[key] = load_student(path, device=device)
-    return _STUDENTS[key]
-
-
-def case_tokens(volume: Artefact, student: Student, config: ClusterConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of one case and which of them can be used; see :func:`encode_lung`."""
-    return encode_lung(volume.read("image"), volume.read("mask") > 0, student, config)
-
-
-def _sample_one(
-    case_id: str, store: Store, model: Path, config: ClusterConfig, device: str, overwrite: bool
-) -> tuple[str, str]:
-    """Write ``tokens.<name>.h5``: a bounded random sample of one case's tokens with their HU statistics."""
-    student = _student(model, device)
-    path = store.case_file(case_id, "tokens", config.name)
-    with lock(store.lock_file(case_id, f"tokens.{config.name}")), store.open(case_id, "volume") as volume:
-        settings = {key: value for key, value in to_dict(config).items() if key in _SAMPLE_SETTINGS}
-        inputs = {"volume.h5": volume.fingerprint, "model": student.fingerprint}
-        wanted = make_provenance("cluster", settings, inputs=inputs, statistics=list(_STATISTICS))
-        if store.is_done(path, "tokens", wanted, overwrite=overwrite):
-            return SKIPPED, ""
-        mask, p = volume.read("mask") > 0, student.config.token_size
-        features, usable = case_tokens(volume, student, config)
-        index = np.argwhere(usable & (token_mask_fraction(mask, p) >= config.min_token_lung))
-        rng = np.random.Generator(np.random.Philox(_seed_of(config.seed, case_id)))
-        # in random order: the fit takes the first ones of each case when there are too many
-        index = rng.permutation(index)[: config.tokens_per_case].astype(np.int32)
-        image, grid = volume.read("image"), volume.provenance["grid"]
-        spacing = cast("tuple[float, float, float]", tuple(grid["spacing_mm"]))
-        sigma = config.naming_sigma_mm / spacing[0]
-        statistics = token_statistics(
-            image, mask, index, token_size=p, window=config.naming_window, spacing_mm=spacing, smoothing_voxels=sigma
-        )
-        mode = healthy_mode_hu(smooth_hu(image, mask, sigma), mask)
-        datasets = {
-            "index": index,
-            "features": np.ascontiguousarray(features[:, *index.T].T),
-            "statistics": np.stack([getattr(statistics, name) for name in _STATISTICS], axis=1).astype(np.float32),
-        }
-        write_artefact(path, "tokens", datasets, provenance={**wanted, "healthy_mode_hu": mode})
-    return DONE, "" if len(index) else "no token with enough lung"
-
-
-def _seed_of(seed: int, case_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{case_id}".encode()).digest()[:8], "little")
-
-
-def _fit(store: Store, case_ids: list[str], student: Student, config: ClusterConfig, execution: Execution) -> NamedFit:
-    """Fit and name the mixture, or load the one made before with the same settings and tokens."""
-    folder = store.fit_dir(config.name)
-    with lock(store.path / f"fits.{config.name}.lock"), limited_threads(execution.threads):
-        samples = {}
-        for case_id in case_ids:
-            with store.open(case_id, "tokens", config.name) as sample:
-                samples[case_id] = sample.fingerprint
-        settings = {key: value for key, value in to_dict(config).items() if key in _FIT_SETTINGS}
-        wanted = make_provenance("cluster", settings, inputs={**samples, "model": student.fingerprint})
-        if (folder / "clusters.json").exists():
-            try:
-                check_current(read_json(folder / "clusters.json")["provenance"], wanted, what=str(folder))
-                return load_fit(folder)
-            except MismatchError:
-                if not execution.overwrite:
-                    raise
-        fitted, pictures = _fit_tokens(store, case_ids, config, wanted)
-        write_fit(folder, fitted, pictures)
-    return fitted
-
-
-def _fit_tokens(
-    store: Store, case_ids: list[str], config: ClusterConfig, provenance: dict[str, Any]
-) -> tuple[NamedFit, dict[str, bytes]]:
-    """Mixture over equally many tokens per case, named by what its members look like; and its picture."""
-    share = max(1, config.max_tokens // len(case_ids))
-    tokens, statistics, named = [], [], []
-    for case_id in case_ids:
-        with store.open(case_id, "tokens", config.name) as sample:
-            tokens.append(sample.read("features")[:share])
-            stats = _statistics(sample.read("statistics")[:share])
-            mode = sample.provenance["healthy_mode_hu"]
-        statistics.append(stats)
-        named.append(name_tokens(stats, healthy_mode_hu=mode))
-    joined = np.concatenate(tokens)
-    log.info("cluster: fitting %d components on %d tokens", config.components, len(joined))
-    mixture = fit_mixture(
-        joined,
-        num_components=config.components,
-        pca_components=config.pca,
-        whiten=config.whiten,
-        standardise=config.standardise,
-        regularisation=config.regularisation,
-        restarts=config.restarts,
-        max_iterations=config.iterations,
-        seed=config.seed,
-    )
-    log.info("cluster: effective rank %.1f, converged %s", mixture.effective_rank, mixture.converged)
-    seen = _join(statistics)
-    names = name_components(
-        mixture.posterior(joined), np.concatenate(named), seen, rule=cast(NamingRule, config.naming)
-    )
-    mixture = mixture.reorder([name.component for name in names])
-    fitted = NamedFit(mixture, tuple(renumbered(names)), provenance)
-    tissues = [name.tissue for name in fitted.names]
-    return fitted, embedding_picture(joined, mixture.posterior(joined), seen.median_hu, tissues)
-
-
-def _statistics(table: np.ndarray) -> TokenStatistics:
-    columns = {name: table[:, i] for i, name in enumerate(_STATISTICS)}
-    columns["num_voxels"] = columns["num_voxels"].astype(np.int32)
-    return TokenStatistics(**columns)
-
-
-def _join(parts: list[TokenStatistics]) -> TokenStatistics:
-    return TokenStatistics(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _STATISTICS})
-
-
-def _apply_one(
-    case_id: str,
-    store: Store,
-    model: Path,
-    fitted: NamedFit,
-    config: ClusterConfig,
-    device: str,
-    overwrite: bool,
-) -> tuple[str, str]:
-    """Write ``clusters.<name>.h5``: posteriors of the components on the token lattice."""
-    student = _student(model, device)
-    path = store.case_file(case_id, "clusters", config.name)
-    with lock(store.lock_file(case_id, f"clusters.{config.name}")), store.open(case_id, "volume") as volume:
-        settings = {key: value for key, value in to_dict(config).items() if key in _TOKEN_SETTINGS}
-        inputs = {
-            "volume.h5": volume.fingerprint,
-            "model": student.fingerprint,
-            "fit": fitted.fingerprint,
-        }
-        extra = {
-            "token_size": student.config.token_size,
-            "tissues": [TISSUES[name.tissue].name for name in fitted.names],
-        }
-        wanted = make_provenance("cluster", settings, inputs=inputs, **extra)
+def _apply_one(case_id: str, store: Store, source: TokenSource, fitted: NamedFit, overwrite: bool) -> tuple[str, str]:
+    """Write ``clusters.<name>.h5``: posteriors of the components on the lattice, of tissues where that is the grid."""
+    name = source.config.run_name
+    path = store.case_file(case_id, "clusters", name)
+    with lock(store.lock_file(case_id, f"clusters.{name}")), store.open(case_id, "volume") as volume:
+        inputs = {"volume.h5": volume.fingerprint, **source.inputs, "fit": fitted.fingerprint}
+        joined = source.method in VOXEL_METHODS
+        tissues = MIXTURE_TISSUES if joined else tuple(name.tissue for name in fitted.names)
+        extra = {"token_size": source.cell, "tissues": [TISSUES[tissue].name for tissue in tissues]}
+        wanted = make_provenance("cluster", source.settings(), inputs=inputs, **extra)
         if store.is_done(path, "clusters", wanted, overwrite=overwrite):
             return SKIPPED, ""
-        features, usable = case_tokens(volume, student, config)
-        posterior = np.zeros((fitted.mixture.num_components, *usable.shape), dtype=np.float16)
-        if usable.any():
-            posterior[:, usable] = fitted.mixture.posterior(np.ascontiguousarray(features[:, usable].T)).T
-        datasets = {"posterior": posterior, "coverage": usable.astype(np.uint8)}
-        write_artefact(path, "clusters", datasets, provenance=wanted)
-    return DONE, "" if usable.any() else "no lung: nothing to cluster"
+        scan = Scan.of(volume)
+        lattice = lattice_shape(scan.mask.shape, source.cell)
+        referred = _ReferredStatistics.of_scan(scan, source) if fitted.needs_statistics else None
+        posterior, coverage = np.zeros((len(tissues), *lattice), np.float16), np.zeros(lattice, np.uint8)
+        for part in source.parts(scan) if scan.mask.any() else ():
+            if part.usable.any():
+                tokens = np.ascontiguousarray(part.features[:, part.usable].T, dtype=np.float32)
+                values = fitted.posterior(tokens, None if referred is None else referred.of(part))
+                posterior[:, *part.sites][:, part.usable] = (_by_tissue(values, fitted) if joined else values).T
+                coverage[part.sites][part.usable] = 1
+        write_artefact(path, "clusters", {"posterior": posterior, "coverage": coverage}, provenance=wanted)
+    return DONE, "" if coverage.any() else "no lung: nothing to cluster"
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReferredStatistics:
+    """HU statistics of all sites with lung of one scan, referred to that scan."""
+
+    statistics: TokenStatistics
+    row: np.ndarray
+    """int32 (z, y, x): where a site's are; -1 without lung."""
+
+    @classmethod
+    def of_scan(cls, scan: Scan, source: TokenSource) -> _ReferredStatistics:
+        """Those of a scan."""
+        index, statistics, mode = source.statistics_of_lung(scan)
+        row = np.full(lattice_shape(scan.mask.shape, source.cell), -1, dtype=np.int32)
+        row[tuple(index.T)] = np.arange(len(index))
+        return cls(refer_statistics(statistics, healthy_mode_hu=mode), row)
+
+    def of(self, part: TokenPart) -> TokenStatistics:
+        """Those of the usable tokens of a part, in their order."""
+        rows = self.row[part.sites][part.usable]
+        columns = {field.name: getattr(self.statistics, field.name) for field in dataclasses.fields(TokenStatistics)}
+        return TokenStatistics(**{name: values[rows] for name, values in columns.items()})
+
+
+def _by_tissue(values: np.ndarray, fitted: NamedFit) -> np.ndarray:
+    """Posterior of the components (M, K) added up by tissue (M, 5)."""
+    owner: list[Tissue] = [name.tissue for name in fitted.names]
+    return values @ np.array([[tissue == mine for tissue in MIXTURE_TISSUES] for mine in owner], dtype=np.float32)

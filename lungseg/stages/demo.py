@@ -55,6 +55,6 @@ def demo(samples: Path, output: Path, *, execution: Execution = Execution()) -> 
         RunConfig(salt=SALT),
         model=bundle,
         manifest=manifests["test"],
-        pictures=(output / "run", training.fit_dir(plan.cluster.name)),
+        pictures=(output / "run", training.fit_dir(plan.cluster.run_name)),
         execution=execution,
     )

@@ -32,6 +32,7 @@ from lungseg.scan.discovery import DICOM_SUFFIXES
 from lungseg.scan.label_images import DEFAULT_MAP
 from lungseg.scan.label_maps import LabelMap
 from lungseg.stages.cohort import DONE, FAILED, CaseOutcome, StageResult, output_folder, run_cases
+from lungseg.stages.evaluate_calibration import calibration_dict, calibration_notes, pooled, write_curves
 from lungseg.stages.evaluate_case import NO_PREDICTION, NO_REFERENCE, CaseScores, Scoring, oracle_scores, score_pair
 from lungseg.stages.evaluate_pairs import Pair, ScoringPlan, make_plan
 from lungseg.stages.evaluate_worst import worst_of_methods
@@ -118,7 +119,14 @@ def evaluate(
     problems = _problems(outcomes)
     oracle, namings, oracle_notes = _oracle(plan, scoring, outcomes, scores, execution)
     summaries = summarise_methods(scores, oracle, settings=settings, num_bootstrap=config.bootstrap, seed=config.seed)
-    notes = (*_problem_notes(problems), *plan.notes, *_reading_notes(plan, outcomes), *oracle_notes)
+    calibrations = pooled(plan.methods, [_value(outcome).calibrations for outcome in outcomes])
+    notes = (
+        *_problem_notes(problems),
+        *plan.notes,
+        *_reading_notes(plan, outcomes),
+        *oracle_notes,
+        *calibration_notes(calibrations),
+    )
     summaries = (dataclasses.replace(summaries[0], notes=notes), *summaries[1:])
     comparison = compare_methods(scores, num_bootstrap=config.bootstrap, seed=config.seed) if len(scores) > 1 else None
     figures = {
@@ -128,7 +136,9 @@ def evaluate(
         "label_maps": _label_maps(plan),
         "oracle_namings": {name: _naming_dict(naming) for name, naming in namings.items()},
         "problems": problems,
+        "calibration": calibration_dict(calibrations),
     }
+    write_curves(output, calibrations)
     write_text(output / "cases.csv", cases_csv({**scores, **{f"{m}{ORACLE_SUFFIX}": r for m, r in oracle.items()}}))
     write_json(output / "summary.json", figures)
     write_text(output / "table.md", markdown_table(*summaries))

@@ -18,6 +18,7 @@ from lungseg.scan.privacy import replace_path
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Triple, Volume
 from lungseg.stages.cohort import DONE, FAILED, CaseReturn
+from lungseg.stages.evaluate_calibration import case_calibration
 from lungseg.stages.evaluate_pairs import LABEL_MAP, REFERENCE_LABEL_MAP, Method, Pair, View
 from lungseg.stages.refine import source_labels
 from lungseg.store.cases import Store
@@ -57,6 +58,8 @@ class CaseScores:
     """Methods whose prediction came from another grid."""
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Classes that the view has no place for, by method: lungs among tissues, or tissues among lungs."""
+    calibrations: dict[str, np.ndarray] = field(default_factory=dict)
+    """Right and wrong voxels by confidence, of methods that tell theirs."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     problems: dict[str, str] = {}
     resampled = []
     left_out = {}
+    calibrations: dict[str, np.ndarray] = {}
     if reference is None:
         problems[""] = NO_REFERENCE
     lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
@@ -100,6 +104,9 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
                 left_out[method.name] = side.left_out
             if side.is_resampled:
                 resampled.append(method.name)
+            counts = case_calibration(method, pair.case_id, reference.volume, scoring.view)
+            if counts is not None:
+                calibrations[method.name] = counts
             if scoring.oracle:
                 confusions[method.name] = confusion_of_case(
                     side.labels,
@@ -115,7 +122,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     found = {name: rows for name, rows in scores.items() if rows}
     if not found and problems.keys() == {""}:
         problems[""] = "there is neither a reference nor a prediction"
-    return _outcome(CaseScores(found, confusions, problems, tuple(resampled), left_out))
+    return _outcome(CaseScores(found, confusions, problems, tuple(resampled), left_out, calibrations))
 
 
 def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNaming]) -> CaseReturn:

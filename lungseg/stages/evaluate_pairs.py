@@ -148,7 +148,7 @@ def _methods(predictions: Sequence[Store | Path], config: EvaluateConfig) -> tup
     if not stores and config.names and len(config.names) != len(folders):
         raise UsageError(f"--names gives {len(config.names)} names for {len(folders)} folders")
     maps = _label_maps(config, folders, stores)
-    clusterings = (config.names if stores else ()) or (ClusterConfig().name,)
+    clusterings = (config.names if stores else ()) or (ClusterConfig().run_name,)
     names = iter(_unique_names(folders) if stores or not config.names else list(config.names))
     methods: list[Method] = []
     for place in places:

@@ -22,12 +22,11 @@ from lungseg.scan.dicom_sr_write import write_measurements
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.sources import Source, search
 from lungseg.scan.volume import Geometry
-from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
 from lungseg.stages.case_maps import (
+    case_contours,
     case_quantities,
     find_lobe_mask,
     on_full_grid,
-    posterior_by_tissue,
     read_lobes,
     source_labels,
 )
@@ -152,28 +151,28 @@ def _export_one(
 
 
 def _write_posteriors(case_id: str, store: Store, config: RefineConfig, folder: Path, volume: Artefact) -> None:
-    """Percent of each tissue as ``posteriors/<case_id>-<tissue>.nii.gz``: they are no label maps."""
+    """Percent of each tissue as ``posteriors/<case_id>-<tissue>.nii.gz``: they are no label maps.
+
+    They are those that the contours were drawn from. ``-entropy`` is that of the five, in percent of the greatest one.
+    """
+    from scipy.special import entr
+
     from lungseg.scan.nifti import write_image
 
     facts = volume.provenance
-    mask = volume.read("mask") > 0
     with store.open(case_id, "clusters", config.name) as clusters:
         clusters.require_input("volume.h5", volume.fingerprint)
-        token_size = int(clusters.provenance["token_size"])
-        posterior = posterior_by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
-        coverage = clusters.read("coverage") > 0
-    percent = np.zeros((len(posterior), *mask.shape), dtype=np.uint8)
-    if mask.any() and coverage.any():
-        posterior, region = fill_uncovered(posterior, coverage), bounding_region(mask)
-        view, inside = percent[(slice(None), *region)], mask[region]
-        for part, values in upsample_slabs(posterior, mask.shape, token_size, region=region):
-            view[:, part] = np.round(100 * np.clip(values, 0, 1)) * inside[part]
+        drawn = case_contours(volume, clusters, config)
+    names = [TISSUES[tissue].name for tissue in MIXTURE_TISSUES]
+    maps = [*drawn.posterior, sum(entr(own.astype(np.float32)) for own in drawn.posterior) / np.log(len(names))]
     grid, source = Geometry.from_dict(facts["grid"]), Geometry.from_dict(facts["source"]["grid"])
     stored = {key: facts["source"][key] for key in ("stored_axes", "stored_flips")}
     place = output_folder(folder / "posteriors")
-    for tissue, own in zip(MIXTURE_TISSUES, percent, strict=True):
-        whole, full = on_full_grid(volume, resample_onto(own, grid, source, kind="mask", fill=0))
-        write_image(place / f"{case_id}-{TISSUES[tissue].name}.nii.gz", whole, full, **stored)
+    for name, own in zip((*names, "entropy"), maps, strict=True):
+        percent = np.zeros(drawn.labels.shape, dtype=np.uint8)
+        percent[drawn.region] = np.round(100 * np.clip(own.astype(np.float32), 0, 1))
+        whole, full = on_full_grid(volume, resample_onto(percent, grid, source, kind="mask", fill=0))
+        write_image(place / f"{case_id}-{name}.nii.gz", whole, full, **stored)
 
 
 def _write_dicom_seg(volume: Artefact, labels: np.ndarray, grid: Geometry, folder: Path, source: Source | None) -> str:

@@ -14,32 +14,73 @@ import numpy as np
 from lungseg.diffusion.checkpoint import Student, read_model_file, save_model
 from lungseg.errors import InputError, MismatchError
 from lungseg.models import STARTER, starter_path
+from lungseg.segmentation.anchored import AnchoredFit
+from lungseg.segmentation.baselines import KMeansFit
+from lungseg.segmentation.clustering import Clustering, TissueVotes
+from lungseg.segmentation.density import TokenStatistics
 from lungseg.segmentation.mixture import MixtureFit
 from lungseg.segmentation.naming import ComponentName
+from lungseg.segmentation.spherical import SphericalFit
 from lungseg.store.atomic import atomic_path, read_json, write_json
 from lungseg.tissue import TISSUES, tissue_by_name
+
+KINDS: Mapping[str, type[Any]] = {
+    "gmm": MixtureFit,
+    "kmeans": KMeansFit,
+    "anchored": AnchoredFit,
+    "vmf": SphericalFit,
+    "rules": TissueVotes,
+}
+"""Kind of a clustering -> its class."""
+STATISTICS_KINDS = ("anchored",)
+"""Kinds that look at the HU statistics of a token too."""
+TOKEN_SCALE = "token_scale"
+"""Name of the factors of the token's channels among the arrays of a fit."""
 
 
 @dataclass(frozen=True)
 class NamedFit:
-    """A fitted mixture with the tissue of each component."""
+    """A fitted clustering with the tissue of each component."""
 
-    mixture: MixtureFit
+    mixture: Clustering
     names: tuple[ComponentName, ...]
     provenance: dict[str, Any]
+    token_scale: np.ndarray | None = None
+    """float32 (C,): factor of each channel of a token, where blocks side by side are brought to the same weight."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether ``posterior`` needs the HU statistics of the tokens."""
+        return self.mixture.kind in STATISTICS_KINDS
+
+    def posterior(self, tokens: np.ndarray, statistics: TokenStatistics | None = None) -> np.ndarray:
+        """Posterior float32 (N, K) of tokens (N, C) as their source gives them."""
+        scaled = tokens if self.token_scale is None else tokens * self.token_scale
+        return self.mixture.posterior(scaled, statistics)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays of the clustering and the factors, by name."""
+        scale = {} if self.token_scale is None else {TOKEN_SCALE: self.token_scale}
+        return {name: np.ascontiguousarray(array) for name, array in {**self.mixture.to_arrays(), **scale}.items()}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the mixture's arrays and the names."""
+        """SHA-256 of the arrays and the names."""
         digest = hashlib.sha256(repr([(n.component, int(n.tissue)) for n in self.names]).encode())
-        for name, array in sorted(self.mixture.to_arrays().items()):
+        for name, array in sorted(self.to_arrays().items()):
             digest.update(name.encode() + array.tobytes())
         return digest.hexdigest()
 
 
 def fitted_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings a fit was made with; those made before there were slabs took windows."""
-    return {"encoding": "windows", **provenance["config"]}
+    """Settings a fit was made with; the first ones knew windows and one method only."""
+    return {
+        "encoding": "windows",
+        "method": "diffseglung",
+        "mixture": "gmm",
+        "token_stride": None,
+        **provenance["config"],
+    }
 
 
 def find_model(path: Path) -> Path:
@@ -66,7 +107,7 @@ def find_model(path: Path) -> Path:
 
 def _fit_json(fitted: NamedFit) -> dict[str, Any]:
     """What ``clusters.json`` says."""
-    return {"provenance": fitted.provenance, "components": components(fitted)}
+    return {"kind": fitted.mixture.kind, "provenance": fitted.provenance, "components": components(fitted)}
 
 
 def components(fitted: NamedFit) -> list[dict[str, Any]]:
@@ -89,7 +130,12 @@ def _fit_from(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
         values: dict[str, Any] = {key: float("nan") if value is None else value for key, value in row.items()}
         votes = {tissue_by_name(key): share for key, share in row["votes"].items()}
         names.append(ComponentName(**{**values, "tissue": tissue_by_name(row["tissue"]), "votes": votes}))
-    return NamedFit(MixtureFit.from_arrays(arrays), tuple(names), dict(description["provenance"]))
+    kind = description.get("kind", "gmm")
+    if kind not in KINDS:
+        raise MismatchError(f"a fit of kind '{kind}' is of a newer lungseg; this one knows {', '.join(KINDS)}")
+    own = {name: array for name, array in arrays.items() if name != TOKEN_SCALE}
+    provenance = dict(description["provenance"])
+    return NamedFit(KINDS[kind].from_arrays(own), tuple(names), provenance, arrays.get(TOKEN_SCALE))
 
 
 def write_fit(folder: Path, fitted: NamedFit, pictures: Mapping[str, bytes] | None = None) -> None:
@@ -98,14 +144,10 @@ def write_fit(folder: Path, fitted: NamedFit, pictures: Mapping[str, bytes] | No
 
     with atomic_path(folder) as partial:
         partial.mkdir()
-        (partial / "mixture.safetensors").write_bytes(save(_saveable(fitted.mixture)))
+        (partial / "mixture.safetensors").write_bytes(save(fitted.to_arrays()))
         write_json(partial / "clusters.json", _fit_json(fitted))
         for name, picture in (pictures or {}).items():
             (partial / name).write_bytes(picture)
-
-
-def _saveable(mixture: MixtureFit) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array) for name, array in mixture.to_arrays().items()}
 
 
 def load_fit(path: Path) -> NamedFit:
@@ -135,10 +177,12 @@ def write_bundle(path: Path, model: Path, student: Student, fitted: NamedFit) ->
 
     _, tensors = read_model_file(model)
     weights = {name: t for name, t in tensors.items() if not name.startswith("fit.")}
-    extra = {f"fit.{name}": torch.from_numpy(array) for name, array in _saveable(fitted.mixture).items()}
+    extra = {f"fit.{name}": torch.from_numpy(array) for name, array in fitted.to_arrays().items()}
     # this file is shared: how many cases, and which by fingerprint, but not their ids
-    inputs = {key: mark for key, mark in fitted.provenance["inputs"].items() if key != "model"}
-    shared = {**fitted.provenance, "inputs": {"model": student.fingerprint, "tokens": sorted(inputs.values())}}
+    marks = fitted.provenance["inputs"]
+    inputs = {key: mark for key, mark in marks.items() if key not in ("model", "standardisation")}
+    kept = {key: marks[key] for key in ("model", "standardisation") if key in marks}
+    shared = {**fitted.provenance, "inputs": {**kept, "tokens": sorted(inputs.values())}}
     description = _fit_json(dataclasses.replace(fitted, provenance=shared))
     save_model(path, weights, config=student.config, card=student.card, extra_tensors=extra, extra=description)
 

@@ -14,9 +14,8 @@ from lungseg.report.quantity_tables import quantities_dict
 from lungseg.report.summary import CaseSummary, shares_table
 from lungseg.segmentation.compatibility import check_hu_compatibility
 from lungseg.segmentation.density import smooth_hu
-from lungseg.segmentation.lattice import bounding_region, fill_uncovered, upsample_slabs
-from lungseg.segmentation.sobel_fusion import posterior_labels, remove_small_components, sobel_diffusion_fusion
-from lungseg.stages.case_maps import posterior_by_tissue, source_labels
+from lungseg.segmentation.sobel_fusion import remove_small_components
+from lungseg.stages.case_maps import case_contours, lattice_posterior, source_labels
 from lungseg.stages.cohort import DONE, FAILED, SKIPPED, StageResult, output_folder, run_cases
 from lungseg.stages.export import ExportOptions, dicom_series_by_identity, export_cases
 from lungseg.store.cases import Store
@@ -64,7 +63,7 @@ def refine(
     dicom_sr : bool
         With ``dicom_seg``: the numbers as a DICOM structured report too, ``<case_id>.sr.dcm``, of those segments.
     posteriors : bool
-        Write ``posteriors/<case_id>-<tissue>.nii.gz`` too: percent, on the source scan's grid.
+        Write ``posteriors/<case_id>-<tissue>.nii.gz`` too, and ``-entropy``: percent, on the source scan's grid.
     as_json : bool
         The result's document holds what became of each case, and its numbers if they were exported.
 
@@ -145,43 +144,17 @@ def _refine_one(case_id: str, store: Store, config: RefineConfig, overwrite: boo
 
 def _labels(volume: Artefact, clusters: Artefact, config: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tissue ids uint8 and confidence uint8 (0-255: posterior of the class shown) on the working grid."""
-    image, mask = volume.read("image"), volume.read("mask") > 0
+    drawn = case_contours(volume, clusters, config)
+    labels = drawn.labels
+    if not labels.any():
+        return labels, drawn.confidence(labels)
+    posterior = lattice_posterior(clusters)
     token_size = int(clusters.provenance["token_size"])
-    posterior = posterior_by_tissue(clusters.read("posterior"), clusters.provenance["tissues"])
-    coverage = clusters.read("coverage") > 0
-    if not mask.any() or not coverage.any():
-        return np.zeros(mask.shape, np.uint8), np.zeros(mask.shape, np.uint8)
-    posterior = fill_uncovered(posterior, coverage)
-    spacing = tuple(volume.provenance["grid"]["spacing_mm"])
-    if config.fusion == "sobel":
-        labels = sobel_diffusion_fusion(
-            posterior,
-            image,
-            mask,
-            token_size=token_size,
-            label_sigma=config.label_sigma,
-            image_sigma=config.image_sigma,
-            band=config.band,
-            edge_floor=config.edge_floor,
-        )
-    else:
-        labels = posterior_labels(posterior, mask, token_size=token_size)
-    voxel_ml = float(np.prod(spacing)) / 1000.0
+    voxel_ml = float(np.prod(volume.provenance["grid"]["spacing_mm"])) / 1000.0
     labels = remove_small_components(
         labels, posterior, voxel_ml=voxel_ml, minimum_ml=config.min_component_ml, token_size=token_size
     )
     if config.compatibility:
-        labels = check_hu_compatibility(labels, posterior, smooth_hu(image, mask), token_size=token_size)
-    return labels, _confidence(labels, posterior, token_size)
-
-
-def _confidence(labels: np.ndarray, posterior: np.ndarray, token_size: int) -> np.ndarray:
-    """Posterior of each voxel's label, 0 to 255; 0 outside the lung and where unclassified."""
-    result = np.zeros(labels.shape, dtype=np.uint8)
-    region = bounding_region(labels != OUTSIDE)
-    view, inside = result[region], labels[region]
-    for part, values in upsample_slabs(posterior, labels.shape, token_size, region=region):
-        for k in range(len(posterior)):
-            mine = inside[part] == k + 1  # ids of MIXTURE_TISSUES are 1 to 5, in order
-            view[part][mine] = np.round(255 * np.clip(values[k][mine], 0, 1)).astype(np.uint8)
-    return result
+        smoothed = smooth_hu(volume.read("image"), labels != OUTSIDE)
+        labels = check_hu_compatibility(labels, posterior, smoothed, token_size=token_size)
+    return labels, drawn.confidence(labels)

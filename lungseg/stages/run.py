@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lungseg.config.cluster import ClusterConfig
+from lungseg.config.cluster import RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_METHODS, ClusterConfig
 from lungseg.config.evaluate import EvaluateConfig
 from lungseg.config.execution import Execution
 from lungseg.config.extract_radiomics import RadiomicsConfig
@@ -61,6 +61,8 @@ def run(
 ) -> StageResult:
     """From scans to label maps, numbers and pictures in ``output``.
 
+    Without a model where the configuration asks for a method of clustering that needs none.
+
     ``output/store`` is the patch store, ``output/results`` holds what ``refine --export`` writes, ``output/report`` the
     pages of ``report``, ``output/scores`` the evaluation if the manifest names references, and with ``train``
     ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit. The page shows the
@@ -71,16 +73,19 @@ def run(
     Raises
     ------
     UsageError
-        If both a model and ``train`` are given, or neither and no model is shipped (saying what to do).
+        If both a model and ``train`` are given; if neither, the method needs a model, and none is shipped (saying what
+        to do); or if ``train`` is asked for a method that uses no model.
     """
-    if model is None and not train:
+    if model is not None and train:
+        raise UsageError("--model and --train exclude each other")
+    if model is None and not train and _needs_model(plan_run(config)):
         model = shipped_model()
         limits = read_model_file(model)[0]["card"].get("limits", "not stated")
         log.info("run: no --model given, so the starter model shipped with lungseg is used. Its limits: %s", limits)
-    elif model is not None and train:
-        raise UsageError("--model and --train exclude each other")
-    output = output_folder(Path(output))
     plan = plan_run(config, model=Path(model) if model else None)
+    if train and not _needs_model(plan):
+        raise UsageError(f"--train trains a model, which method {plan.cluster.method} of [cluster] does not use")
+    output = output_folder(Path(output))
     store_path, bundle = output / "store", output / "bundle.safetensors"
     prepared = preprocess(
         scans, store_path, plan.preprocess, manifest=manifest, id_map=id_map, series=series, lung_mask=lung_mask,
@@ -91,10 +96,14 @@ def run(
     store = Store(store_path)
     if train:
         make_bundle(store, output / "model", bundle, plan, execution=execution)
-    source = bundle if model is None else find_model(Path(model))
-    fitted = _has_fit(source)
-    if not fitted:
-        log.info("run: the model brings no fit; fitting the mixture on these scans")
+    source = bundle if train else find_model(Path(model)) if model else None
+    fitted = source is not None and _has_fit(source)
+    if not fitted and plan.cluster.method not in UNFITTED_METHODS:
+        log.info("run: no fit is given; fitting the mixture on these scans")
+    if source is None and plan.cluster.method in RADIOMICS_METHODS:
+        described = extract_radiomics(store, plan.radiomics, execution=execution)
+        if not described.complete():
+            return _merged(output, (prepared, described))
     clustered = cluster(store, source, plan.cluster, fit=source if fitted else None, execution=execution)
     if not clustered.complete():
         return _merged(output, (prepared, clustered))
@@ -113,9 +122,9 @@ def run(
     return _merged(output, results, scored)
 
 
-def _training_of(model: Path) -> list[Path]:
+def _training_of(model: Path | None) -> list[Path]:
     """The training run that a model lies in, if it does."""
-    return [model.parent] if (model.parent / "stats.jsonl").is_file() else []
+    return [model.parent] if model is not None and (model.parent / "stats.jsonl").is_file() else []
 
 
 def _merged(output: Path, results: Sequence[StageResult], scored: StageResult | None = None) -> StageResult:
@@ -178,7 +187,7 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
 
     clustering = make(ClusterConfig, "cluster", seed=config.seed)
     labels = None if config.lung_mask_labels == AUTO else config.lung_mask_labels
-    refining = make(RefineConfig, "refine", name=clustering.name)
+    refining = make(RefineConfig, "refine", name=clustering.run_name)
     # the page says what the export says
     same = {name: getattr(refining, name) for name in ("lower_bounds", "inspiration")}
     return Plan(
@@ -187,8 +196,8 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
         make(TrainConfig, "train-ddpm", seed=config.seed),
         clustering,
         refining,
-        make(EvaluateConfig, "evaluate", names=(clustering.name,), seed=config.seed),
-        make(ReportConfig, "report", name=clustering.name, **same),
+        make(EvaluateConfig, "evaluate", names=(clustering.run_name,), seed=config.seed),
+        make(ReportConfig, "report", name=clustering.run_name, **same),
     )
 
 
@@ -206,9 +215,13 @@ def shipped_model() -> Path:
     return path
 
 
+def _needs_model(plan: Plan) -> bool:
+    return plan.cluster.method in STUDENT_METHODS
+
+
 def plan_dict(config: RunConfig, *, model: Path | None = None, train: bool = False) -> dict[str, Any]:
     """The plan as JSON types, by command: what ``lungseg run --dry-run`` prints."""
-    if model is None and not train and starter_path().is_file():
+    if model is None and not train and _needs_model(plan_run(config)) and starter_path().is_file():
         model = starter_path()
     plan = plan_run(config, model=model)
     names = {"radiomics": "extract-radiomics", "train": "train-ddpm"}

@@ -23,7 +23,7 @@ from lungseg.diffusion.training import StepResult, Trainer
 from lungseg.diffusion.training_images import HELD_OUT_FIRST, TrainingImages, teacher_halo
 from lungseg.errors import Interrupted, ResourceError, StoreError
 from lungseg.radiomics.descriptor import Standardisation
-from lungseg.segmentation.mixture import effective_rank
+from lungseg.segmentation.reduction import effective_rank
 from lungseg.stages.launch import local_processes
 from lungseg.stages.progress import progress
 from lungseg.stages.training_record import TrainingRecord

@@ -57,6 +57,7 @@ SCHEMA: Mapping[str, Mapping[str, DatasetSpec]] = {
         "index": DatasetSpec("int32", 2),
         "features": DatasetSpec("float32", 2),
         "statistics": DatasetSpec("float32", 2),
+        "shares": DatasetSpec("float32", 2, required=False),
     },
     "clusters": {"posterior": DatasetSpec("float16", 4), "coverage": DatasetSpec("uint8", 3)},
     "labels": {"labels": DatasetSpec("uint8", 3), "confidence": DatasetSpec("uint8", 3)},

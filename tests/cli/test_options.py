@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from lungseg.cli.app import app
 from lungseg.cli.commands import COMMANDS
 from lungseg.cli.options import Command, _defaults, make_configs
+from lungseg.config.benchmark import BenchmarkConfig
 from lungseg.config.execution import Execution
 from lungseg.config.fields import flag_name, option_info, to_dict
 from lungseg.config.presets import PRESETS, make_config
@@ -94,6 +95,8 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
     if name == "run":
         own = {"config": "", "salt": "", "lung_mask_labels": "auto", "seed": None}
         assert plan["config"] == {"preset": preset, **own}
+    elif name == "benchmark":  # hands the preset on, as `run` does
+        assert plan["config"] == to_dict(BenchmarkConfig(preset=preset))
     else:
         assert plan["config"] == to_dict(make_config(command.config, preset=preset))
     assert list(tmp_path.iterdir()) == []

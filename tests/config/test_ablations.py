@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lungseg.config import ClusterConfig, RefineConfig, TrainConfig, make_config
-from lungseg.config.ablations import ABLATIONS, ablation_config
+from lungseg.config.ablations import ABLATIONS, METHODS, PUBLISHED, ROWS, TABLE_3, ablation_config
+from lungseg.config.cluster import METHODS as CLUSTERINGS
 from lungseg.config.fields import from_dict
 from lungseg.errors import UsageError
 
@@ -45,10 +46,25 @@ def test_the_published_table_grows_by_one_switch_a_row() -> None:
             key for a, b in zip(before, after, strict=True) for key, value in vars(a).items() if vars(b)[key] != value
         }
         assert changed in (
-            {"hu_window"}, {"distill", "distill_start", "distill_full"}, {"distill_start", "distill_full"},
+            # the head is there from distillation on: before, the bottleneck itself is clustered
+            {"hu_window"}, {"distill", "distill_start", "distill_full", "method"}, {"distill_start", "distill_full"},
             {"timesteps"}, {"fusion"},
         )  # fmt: skip
-    assert configs[-1] == [make_config(cls) for cls in COMMANDS.values()]
+    train, clustering, refining = configs[-1]
+    assert (train, clustering) == (make_config(TrainConfig), make_config(ClusterConfig))
+    assert refining == make_config(RefineConfig, fusion="sobel", rim_mm=0.0)  # whatever the default
+
+
+def test_rows_of_both_tables_and_their_published_figures() -> None:
+    assert {ablation.changes[ClusterConfig]["method"] for ablation in METHODS.values()} == set(CLUSTERINGS)
+    assert list(ROWS) == [*METHODS, *TABLE_3]
+    assert set(PUBLISHED) <= set(ROWS)
+    assert set(TABLE_3) <= set(PUBLISHED)
+    for name in PUBLISHED.keys() & METHODS.keys():  # METHOD 1.7 derives the means from the four classes
+        published = PUBLISHED[name]
+        assert published.mean_dice == pytest.approx(sum(published.dice.values()) / 4, abs=0.051)
+    steps = [PUBLISHED[name].mean_dice - PUBLISHED[before].mean_dice for before, name in itertools.pairwise(TABLE_3)]
+    assert steps == pytest.approx([3.5, 2.8, 2.3, 2.2, 1.9])
 
 
 def test_unknown_row_is_refused() -> None:

@@ -14,7 +14,7 @@ from lungseg.diffusion.collapse import (
     CollapseMonitor,
     rank_penalty,
 )
-from lungseg.segmentation.mixture import effective_rank
+from lungseg.segmentation.reduction import effective_rank
 
 
 def _rank(z: torch.Tensor) -> float:

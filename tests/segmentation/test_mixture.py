@@ -7,9 +7,10 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
-import lungseg.segmentation.mixture as mixture_module
+import lungseg.segmentation.reduction as reduction_module
 from lungseg.errors import MismatchError
-from lungseg.segmentation.mixture import MixtureFit, effective_rank, fit_mixture
+from lungseg.segmentation.mixture import MixtureFit, fit_mixture
+from lungseg.segmentation.reduction import effective_rank
 
 
 def _clusters(seed=0, n=400, dim=6):
@@ -71,7 +72,7 @@ def test_same_seed_same_fit_and_batches_do_not_matter(monkeypatch):
     second = fit_mixture(tokens, num_components=6, pca_components=4, standardise=True, seed=11)
     for name, value in first.to_arrays().items():
         np.testing.assert_array_equal(value, second.to_arrays()[name], err_msg=name)
-    monkeypatch.setattr(mixture_module, "BATCH_TOKENS", 37)
+    monkeypatch.setattr(reduction_module, "BATCH_TOKENS", 37)
     np.testing.assert_allclose(first.posterior(tokens), posterior, atol=1e-6)
     chunked = fit_mixture(tokens, num_components=6, pca_components=4, standardise=True, seed=11)
     np.testing.assert_allclose(chunked.means, first.means, atol=1e-6)

@@ -22,7 +22,10 @@ def test_auto_is_slabs_for_a_local_model_and_a_rerun_finds_its_work(copy: Path) 
     cluster(copy / "store", copy / "run", config, execution=QUIET).require_complete()
     store = Store(copy / "store")
     case_id = store.case_ids()[0]
-    with store.open(case_id, "clusters", "whole") as slabs, store.open(case_id, "clusters", CLUSTER.name) as windows:
+    with (
+        store.open(case_id, "clusters", "whole") as slabs,
+        store.open(case_id, "clusters", CLUSTER.run_name) as windows,
+    ):
         assert slabs.provenance["config"]["encoding"] == "slabs"
         assert windows.provenance["config"]["encoding"] == "windows"
         assert slabs.shape("posterior") == windows.shape("posterior")

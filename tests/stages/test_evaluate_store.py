@@ -116,3 +116,27 @@ def test_no_file_name_reaches_results_or_messages(store: Store, tmp_path: Path) 
         assert CANARY.encode() not in path.read_bytes(), path.name
         assert b"ids.csv" not in path.read_bytes(), path.name
     assert CANARY not in json.dumps(told) + " ".join(result.notes)
+
+
+def test_confidences_of_a_store_are_checked_against_the_reference(store: Store, tmp_path: Path) -> None:
+    """All voxels are sure by 200/255; those between the two planes are wrong, in the pooled counts of all cases."""
+    (tmp_path / "reference").mkdir()
+    for case_id in store.case_ids():
+        write_image(tmp_path / "reference" / f"{case_id}.nii.gz", tissues(0.65), GRID)
+    result = evaluate(
+        store, tmp_path / "out", replace(CONFIG, names=("fine", "rough")), reference=tmp_path / "reference",
+        execution=QUIET,
+    )  # fmt: skip
+    found = result.values["summary"]["calibration"]
+    sure, lung = 200 / 255, int((lungs() > 0).sum())
+    wrong = int((tissues(0.65) != tissues(0.75)).sum())
+    assert found["fine"]["num_voxels"] == 3 * lung
+    assert found["fine"]["ece"] == pytest.approx(1 - sure)
+    assert found["rough"]["num_voxels"] == 2 * lung  # one case has no such map
+    assert found["rough"]["ece"] == pytest.approx(abs(sure - (1 - wrong / lung)))
+    assert "Calibration of rough: ECE" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    with open(tmp_path / "out" / "calibration.csv", newline="", encoding="utf-8") as stream:
+        filled = [row for row in csv.DictReader(stream) if int(row["num_voxels"])]
+    assert [row["method"] for row in filled] == ["fine", "rough"]
+    evaluate(tmp_path / "reference", tmp_path / "out", CONFIG, reference=tmp_path / "reference", execution=QUIET)
+    assert not (tmp_path / "out" / "calibration.csv").exists()  # label maps of folders have no confidence

@@ -85,6 +85,9 @@ def test_posteriors_add_up_on_the_grid_of_the_scan(finished: Path, tmp_path: Pat
         best = np.argmax([percent[tissue] for tissue in MIXTURE_TISSUES], axis=0) + 1
         both = (total > 0) & (labels.array > 0)
         assert np.mean(best[both] == labels.array[both]) > 0.8  # fusion moves contours, not tissue
+        entropy = read_image(tmp_path / "posteriors" / f"{case_id}-entropy.nii.gz", integer=True).array
+        highest = np.max(list(percent.values()), axis=0)
+        assert entropy[both & (highest >= 99)].max(initial=0) <= 8 < entropy[both & (highest < 60)].min(initial=100)
 
 
 def test_names_and_colours_for_viewers(finished: Path) -> None:

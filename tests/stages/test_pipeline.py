@@ -143,7 +143,7 @@ def test_bundle_applies_without_refitting(copy: Path, manifest: Path, tmp_path: 
 
 def _fit_of(copy: Path, manifest: Path) -> Path:
     cluster(copy / "store", copy / "run", CLUSTER, fit_only=True, execution=QUIET)
-    return copy / "store" / "fits" / CLUSTER.name
+    return copy / "store" / "fits" / CLUSTER.run_name
 
 
 def test_other_settings_are_refused_and_overwritten_on_request(copy: Path, manifest: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_fit_of_another_model_or_other_tokens_is_refused(copy: Path, tmp_path:
 
 
 def test_tokens_of_the_fit_come_from_the_whole_lung_however_few(copy: Path) -> None:
-    with Store(copy / "store").open(CASES[0], "tokens", CLUSTER.name) as sample:
+    with Store(copy / "store").open(CASES[0], "tokens", CLUSTER.run_name) as sample:
         z = sample.read("index")[:, 0]
     assert len(np.unique(z)) > 5
     first = z[: len(z) // 5]  # what a fit takes that may use only a fifth of the tokens
