@@ -18,8 +18,7 @@ class RefineConfig:
     name: str = option("diffseglung", "Clustering to refine.")
     fusion: str = option(
         "guided",
-        "Contours, by steps: guided (posterior upsampled along the edges of the scan), potts (neighbours of like HU "
-        "tend to one tissue), sobel (Sobel-Diffusion Fusion); none: the plain posterior.",
+        "Contours: guided by the scan's edges, Potts smoothing, Sobel-Diffusion Fusion, in turn; or none.",
         choices=FUSIONS,
     )
     rim_mm: float = option(

@@ -190,7 +190,7 @@ def test_run_hands_preset_and_file_to_its_stages(tmp_path: Path) -> None:
             ["preprocess", "--list", "--check", "--id-map", "x", "--series", "k", "--manifest", "m"],
             ["--list and --check", "--id-map is", "--series and --manifest"],
         ),
-        (["refine", "s", "--fusion", "sobl"], ["'sobl' is not one of sobel, none; did you mean 'sobel'?"]),
+        (["refine", "s", "--fusion", "sobl"], ["'sobl' is not one of none, sobel, guided", "did you mean 'sobel'?"]),
         (["refine", "s", "--jobs", "0"], ["--jobs: 0 is below the minimum of 1"]),
         (["refine", "s", "--jobs", "many"], ["--jobs: 'many' is not a whole number"]),
         (["refine", "s", "--shard", "3/2"], ["--shard: '3/2' is not i/n"]),
