@@ -23,8 +23,7 @@ class RefineConfig:
     )
     rim_mm: float = option(
         8.0,
-        "Thinner bands of ground glass or fibrosis round solid bodies are partial volume and go to their neighbours; "
-        "0: keep.",
+        "Bands up to this thickness round solid bodies are partial volume, not disease; 0: keep them.",
         unit="mm",
         minimum=0,
     )
