@@ -82,6 +82,22 @@ FIBROSIS_TO_HEALTHY_TEXTURE = 2.0
 """The same cut against the median local standard deviation of the scan's own healthy tokens; the lower of both cuts
 counts. Thick slices and soft kernels wash texture out, in fibrosis and in healthy lung alike (FEASIBILITY, failure 8).
 The factor is our choice; it was last looked at on validation phantoms 300-302, so it is phantom-informed."""
+DENSE_BODY_HU = -400.0
+"""A body of lung, wider than a small vessel, denser than this is consolidated: between the -300 HU of the median above
+and the -500 HU at which lung is no longer normally aerated (Gattinoni, AJRCCM 164:1701). Phantom-informed (against -450
+and -500)."""
+THIN_CONTRAST_HU = 150.0
+"""A thin structure this much denser than what lies around it is a vessel, a wall or a septum: more than three times the
+noise of a thin slice (50 HU, METHOD 6), a quarter of the contrast of a vessel of 1 to 2 mm. Our choice."""
+FIBROSIS_THIN_SHARE = 0.15
+"""Share of thin dense structure above which lung that is dense and textured is fibrosis: vessels and airway walls take
+about a tenth of normal lung. Phantom-informed (0.10 to 0.20 give the same on validation phantoms 300-301)."""
+BODY_SHARE_ERROR, LAA950_SHARE_ERROR, THIN_SHARE_ERROR, RAISED_SHARE_ERROR = 0.3, 0.03, 0.05, 0.15
+"""Standard errors of the shares at their cut points: sqrt(p (1 - p) / n) of n independent pieces of lung in the window.
+Noise and blur tie about 27 mm3 together: n is about 100 in the window of the shares (3 % at a share of 10 %); lung
+structure is coarser (n about 50 for thin structures, 10 for density at 2.5 mm, 3 in a cell)."""
+TEXTURE_ERROR_HU, BROAD_MEAN_ERROR_HU = 15.0, 30.0
+"""Standard errors of the texture (120 HU over 2 x 30 independent pieces) and of the mean of the surroundings."""
 HEALTHY_MODE_RANGE_HU = (-950.0, -700.0)
 """Band in which a scan's healthy mode is looked for: usual inspiratory band of healthy lung (METHOD 6)."""
 DENSE_HU = -200.0
