@@ -22,8 +22,8 @@ from lungseg.tissue import TISSUES, Tissue
 SMOOTHING_MM = 0.6
 """Smoothing before voxels are counted (METHOD 1.6: one voxel of 0.6 mm)."""
 OPENING_MM = 5.0
-"""Edge of the cube of the grey opening: what is narrower counts as thin, what holds it as a body. Vessels of the outer
-two thirds of the lung and the septa of a mesh of 3 to 5 mm (METHOD 0.5) are narrower. Phantom-informed (5 against 7)."""
+"""Edge of the cube of the grey opening: what is narrower counts as thin, what holds it as a body. Most vessels, and
+the septa of a mesh of 3 to 5 mm (METHOD 0.5), are narrower. Phantom-informed (5 mm against 7 mm)."""
 SHELL_MM = 2.0
 """Partial volume reaches this far: around a dense body and inside the lung's rim. About two blurs of 0.6 to 0.8 mm and
 half a slice: our choice."""
@@ -60,6 +60,8 @@ class DenseStatistics:
     """HU: the scan's healthy mode."""
     healthy_texture_hu: float
     """HU: median texture where the lung looks healthy; NaN if it does nowhere."""
+    healthy_thin_share: float
+    """0 to 1: mean share of thin structures there; NaN if nowhere."""
     noise_hu: float
     """HU: the noise that was taken off the texture."""
     lattice: Triple
@@ -112,7 +114,7 @@ def dense_statistics(
     if not mask.any():
         nothing = np.zeros(0, dtype=np.float32)
         index = np.zeros((0, 3), dtype=np.int32)
-        return DenseStatistics(index, *[nothing] * 6, np.nan, np.nan, np.nan, lattice)
+        return DenseStatistics(index, *[nothing] * 6, np.nan, np.nan, np.nan, np.nan, lattice)
     region = _aligned(bounding_region(mask, margin=MARGIN_VOXELS), cell)
     hu, lung = volume_hu[region], mask[region]
     smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
@@ -134,9 +136,17 @@ def dense_statistics(
     plain = (columns["raised_share"] < 0.5) & (columns["laa950_share"] < cut.LAA950_EMPHYSEMA_SHARE)
     plain &= columns["body_share"] < 0.5
     own = float(np.median(columns["texture_hu"][plain])) if plain.any() else float("nan")
+    own_thin = float(np.mean(columns["thin_share"][plain])) if plain.any() else float("nan")
     origin = np.asarray([part.start // cell for part in region])
-    return DenseStatistics((pool.index + origin).astype(np.int32), **columns, healthy_mode_hu=mode,
-                           healthy_texture_hu=own, noise_hu=noise, lattice=lattice)  # fmt: skip
+    return DenseStatistics(
+        (pool.index + origin).astype(np.int32),
+        **columns,
+        healthy_mode_hu=mode,
+        healthy_texture_hu=own,
+        healthy_thin_share=own_thin,
+        noise_hu=noise,
+        lattice=lattice,
+    )
 
 
 def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
@@ -144,12 +154,17 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
 
     1. Consolidation: the cell lies in a dense body.
     2. Else emphysema: the LAA-950 share of the parenchyma around is at least 10 %.
-    3. Else fibrosis: thin dense structure exceeds what vessels make, texture exceeds 120 HU or twice that of the scan's
-       own healthy lung (the lower counts), and the surroundings are denser than healthy.
+    3. Else fibrosis: thin dense structure is above 15 % or twice that of the scan's own healthy lung, texture above
+       120 HU or twice that of the healthy lung (the lower of both counts), and the surroundings denser than healthy.
     4. Else ground glass: more than half of the parenchyma is denser than halfway between the scan's healthy mode and
        the prototype of ground glass; else healthy.
 
     Each rule is a logistic step around its cut point, as wide as the statistic's standard error there.
+
+    Parameters
+    ----------
+    stats : DenseStatistics
+        Of one scan.
 
     Returns
     -------
@@ -161,12 +176,15 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
     METHOD 1.6, 6 (cut points, see ``lungseg.tissue``); the steps are ours.
     """
     texture_cut = np.nanmin([cut.FIBROSIS_LOCAL_SD_HU, cut.FIBROSIS_TO_HEALTHY_TEXTURE * stats.healthy_texture_hu])
+    thin_cut = np.nanmin([cut.FIBROSIS_THIN_SHARE, cut.FIBROSIS_TO_HEALTHY_THIN * stats.healthy_thin_share])
+    # A scan that shows no thin structure at all in healthy lung has nothing to compare with.
+    thin_cut = max(float(thin_cut), cut.LEAST_THIN_SHARE)
     raised_above = (stats.healthy_mode_hu + _prototype(Tissue.GGO)) / 2.0
     dense = _step(stats.body_share, 0.5, cut.BODY_SHARE_ERROR)
     emphysema = _step(stats.laa950_share, cut.LAA950_EMPHYSEMA_SHARE, cut.LAA950_SHARE_ERROR)
     # All three must hold: the weakest decides, so that a sure two cannot make up for a missing third.
     fibrosis = np.minimum.reduce([
-        _step(stats.thin_share, cut.FIBROSIS_THIN_SHARE, cut.THIN_SHARE_ERROR),
+        _step(stats.thin_share, thin_cut, thin_cut * cut.THIN_SHARE_ERROR),
         _step(stats.texture_hu, texture_cut, cut.TEXTURE_ERROR_HU),
         _step(stats.broad_mean_hu, raised_above, cut.BROAD_MEAN_ERROR_HU),
     ])  # fmt: skip
@@ -197,7 +215,7 @@ def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> tupl
     """Dense bodies, thin dense structures (both bool) and the weight of each voxel that is no body (float32)."""
     from scipy.ndimage import binary_dilation, binary_erosion, maximum_filter, minimum_filter
 
-    edge = [max(2 * round((OPENING_MM / s - 1.0) / 2.0) + 1, 3) for s in spacing_mm]
+    edge = [max(2 * round((OPENING_MM / s - 1.0) / 2.0) + 1, 3) for s in spacing_mm]  # odd
     # Air outside for bodies: a sheet of partial volume along the pleura is none. Density outside for thin structures:
     # lung in the angles of the pleura is not thin.
     opened = maximum_filter(minimum_filter(np.where(lung, smoothed, np.float32(-1000.0)), edge), edge)
@@ -209,7 +227,11 @@ def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> tupl
     spare = _reach(body, spacing_mm, binary_dilation) | ~_reach(lung, spacing_mm, binary_erosion, border_value=1)
     weight = np.where(spare, np.float32(SPARE_WEIGHT), np.float32(1.0))
     weight[~lung | body] = 0.0
-    thin = lung & ~body & (smoothed - opened > cut.THIN_CONTRAST_HU)
+    contrast = smoothed - opened
+    aerated = contrast[(weight == 1.0) & (smoothed <= cut.HEALTHY_MEDIAN_HU)]
+    # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
+    floor = float(np.median(aerated)) if aerated.size else 0.0
+    thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
     return body, thin, weight
 
 
