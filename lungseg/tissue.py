@@ -95,10 +95,10 @@ about a tenth of normal lung. Phantom-informed (0.10 to 0.20 give the same on va
 FIBROSIS_TO_HEALTHY_THIN = 2.0
 """The same cut against the mean share of the scan's own healthy lung; the lower of both counts. Thick slices and soft
 kernels wash septa out, and vessels with them. Phantom-informed (validation phantoms 300, 310-313)."""
-BODY_SHARE_ERROR, LAA950_SHARE_ERROR, RAISED_SHARE_ERROR = 0.3, 0.03, 0.15
+BODY_SHARE_ERROR, LAA950_SHARE_ERROR, RAISED_SHARE_ERROR = 0.3, 0.06, 0.15
 """Standard errors of the shares at their cut points: sqrt(p (1 - p) / n) of n independent pieces of lung in the window.
-Noise and blur tie about 27 mm3 together: n is about 100 in the window of 4 mm (3 % at a share of 10 %), about 10 for
-density at 2.5 mm, 3 in a cell of 2 mm."""
+Noise and blur tie about 27 mm3 together: n is about 26 in the window of 2.5 mm (6 % at a share of 10 %); lung structure
+is coarser: about 10 for raised density, 3 in a cell of 2 mm."""
 LEAST_THIN_SHARE = 0.03
 """The cut is never lower: a chance voxel in a window is no mesh. Our choice."""
 THIN_SHARE_ERROR = 0.33
