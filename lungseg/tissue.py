@@ -82,6 +82,29 @@ FIBROSIS_TO_HEALTHY_TEXTURE = 2.0
 """The same cut against the median local standard deviation of the scan's own healthy tokens; the lower of both cuts
 counts. Thick slices and soft kernels wash texture out, in fibrosis and in healthy lung alike (FEASIBILITY, failure 8).
 The factor is our choice; it was last looked at on validation phantoms 300-302, so it is phantom-informed."""
+DENSE_BODY_HU = -400.0
+"""A body of lung, wider than a small vessel, denser than this is consolidated: between the -300 HU of the median above
+and the -500 HU at which lung is no longer normally aerated (Gattinoni, AJRCCM 164:1701). Phantom-informed (validation
+phantoms 300-301; -450 did no better)."""
+THIN_CONTRAST_HU = 120.0
+"""A structure this much denser than what lies around it, beyond what noise makes of it, is a vessel, a wall or a
+septum: a seventh of the contrast of blood against lung. Our choice."""
+FIBROSIS_THIN_SHARE = 0.15
+"""Share of thin dense structure above which lung that is dense and textured is fibrosis: vessels and airway walls take
+about a tenth of normal lung. Phantom-informed (0.10 to 0.20 give the same on validation phantoms 300-301)."""
+FIBROSIS_TO_HEALTHY_THIN = 2.0
+"""The same cut against the mean share of the scan's own healthy lung; the lower of both counts. Thick slices and soft
+kernels wash septa out, and vessels with them. Phantom-informed (validation phantoms 300, 310-313)."""
+BODY_SHARE_ERROR, LAA950_SHARE_ERROR, RAISED_SHARE_ERROR = 0.3, 0.06, 0.15
+"""Standard errors of the shares at their cut points: sqrt(p (1 - p) / n) of n independent pieces of lung in the window.
+Noise and blur tie about 27 mm3 together: n is about 26 in the window of 2.5 mm (6 % at a share of 10 %); lung structure
+is coarser: about 10 for raised density, 3 in a cell of 2 mm."""
+LEAST_THIN_SHARE = 0.03
+"""The cut is never lower: a chance voxel in a window is no mesh. Our choice."""
+THIN_SHARE_ERROR = 0.33
+"""Standard error of the share of thin structures, relative to its cut point: vessels are few in a window (about 10)."""
+TEXTURE_ERROR_HU, BROAD_MEAN_ERROR_HU = 15.0, 30.0
+"""Standard errors of the texture (120 HU over 2 x 30 independent pieces) and of the mean of the surroundings."""
 HEALTHY_MODE_RANGE_HU = (-950.0, -700.0)
 """Band in which a scan's healthy mode is looked for: usual inspiratory band of healthy lung (METHOD 6)."""
 DENSE_HU = -200.0

@@ -1,0 +1,324 @@
+"""Evidence of each tissue everywhere in the lung, from its HU alone: no model, no fit, no labels.
+
+What spoils plain statistics of small windows is taken out before anything is counted (FEASIBILITY, failure modes 2
+and 3): bodies of dense lung with the partial-volume shell around them, the rim of the lung mask, and thin dense
+structures (vessels, airway walls, septa), which are counted by themselves. The rest is parenchyma: its density and
+its low attenuation share say healthy, ground glass or emphysema; much thin dense structure says fibrosis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lungseg import tissue as cut
+from lungseg.errors import InputError
+from lungseg.scan.volume import Triple
+from lungseg.segmentation.density import healthy_mode_hu, local_sd, smooth_hu
+from lungseg.segmentation.lattice import bounding_region, lattice_shape
+from lungseg.tissue import TISSUES, Tissue
+
+SMOOTHING_MM = 0.6
+"""Smoothing before voxels are counted (METHOD 1.6: one voxel of 0.6 mm)."""
+OPENING_MM = 5.0
+"""Edge of the cube of the grey opening: what is narrower counts as thin, what holds it as a body. Most vessels, and
+the septa of a mesh of 3 to 5 mm (METHOD 0.5), are narrower. Phantom-informed (5 mm against 7 mm)."""
+QUIET_NOISE_HU = 40.0
+"""Noisier scans are smoothed more before low attenuation is counted, down to this noise (METHOD 6, 7.13).
+Phantom-informed (validation phantoms 312 and 314: 25 loses emphysema, none invents it in healthy lung)."""
+SHELL_MM = 2.0
+"""Partial volume reaches this far: around a dense body and inside the lung's rim. About two blurs of 0.6 to 0.8 mm and
+half a slice: our choice."""
+DENSITY_SIGMA_MM, SHARE_SIGMA_MM, BROAD_SIGMA_MM = 2.5, 4.0, 6.0
+"""Gaussian windows of density and low attenuation, of thin structures and texture, and of the surroundings. 2.5 mm
+weighs about 9 mm of lung, 4 mm about 14 mm (one to two secondary lobules). Phantom-informed: for low attenuation both
+widths score alike, and the narrower one calls less of a severely emphysematous real lung emphysema."""
+SPARE_WEIGHT = 0.02
+"""Weight of rim and shell voxels beside 1 of the others: they count only where nothing else is in reach."""
+MARGIN_VOXELS = 3
+"""Around the lung: what lies outside is seen by the opening at the rim."""
+MINIMUM_WEIGHT = 1e-6
+"""Weight of the window below which nothing is known: float32 rounding."""
+
+
+@dataclass(frozen=True)
+class DenseStatistics:
+    """What is counted around the cells of a lattice that hold lung; every array has shape (N,), float32."""
+
+    index: np.ndarray
+    """int32, shape (N, 3): cells (z, y, x)."""
+    body_share: np.ndarray
+    """0 to 1: lung voxels of the cell that belong to a dense body."""
+    raised_share: np.ndarray
+    """0 to 1: parenchyma denser than halfway from the scan's healthy mode to ground glass."""
+    laa950_share: np.ndarray
+    """0 to 1: parenchyma at or below -950 HU."""
+    thin_share: np.ndarray
+    """0 to 1: thin dense structures, of all that is no dense body."""
+    texture_hu: np.ndarray
+    """HU: local standard deviation (5 mm) beyond the noise of the scan."""
+    broad_mean_hu: np.ndarray
+    """HU: mean of the surroundings but for dense bodies."""
+    healthy_mode_hu: float
+    """HU: the scan's healthy mode."""
+    healthy_texture_hu: float
+    """HU: median texture where the lung looks healthy; NaN if it does nowhere."""
+    healthy_thin_share: float
+    """0 to 1: mean share of thin structures there; NaN if nowhere."""
+    noise_hu: float
+    """HU: the noise that was taken off the texture."""
+    lattice: tuple[int, int, int]
+    """Shape of the lattice."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def dense_statistics(
+    volume_hu: np.ndarray,
+    mask: np.ndarray,
+    *,
+    cell: int,
+    spacing_mm: Triple,
+    smoothing_mm: float = SMOOTHING_MM,
+) -> DenseStatistics:
+    """Statistics of the lung around every cell of a lattice, robust to vessels, edges and the pleura.
+
+    Parameters
+    ----------
+    volume_hu : array, shape (Z, Y, X)
+        HU.
+    mask : bool array, shape (Z, Y, X)
+        Lung.
+    cell : int
+        Edge of a cell in voxels; site (i, j, k) stands for the voxels that begin at ``cell * (i, j, k)``.
+    spacing_mm : three floats
+        Voxel spacing (z, y, x).
+    smoothing_mm : float
+        Sigma of the smoothing before voxels are counted.
+
+    Returns
+    -------
+    DenseStatistics
+        Of the cells with lung, in C order; empty if the mask is.
+
+    Raises
+    ------
+    InputError
+        If the shapes differ or the mask is not bool.
+
+    Source
+    ------
+    METHOD 1.6; FEASIBILITY failure modes 2, 3, 5, 8.
+    """
+    if volume_hu.shape != mask.shape or mask.dtype != np.bool_:
+        raise InputError(f"volume of shape {volume_hu.shape} and mask of shape {mask.shape}, {mask.dtype} do not fit")
+    lattice = lattice_shape(mask.shape, cell)
+    if not mask.any():
+        return _nothing(lattice)
+    region = _aligned(bounding_region(mask, margin=MARGIN_VOXELS), cell)
+    hu, lung = volume_hu[region], mask[region]
+    smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
+    mode = healthy_mode_hu(smoothed, lung)
+    raised_above = (mode + _prototype(Tissue.GGO)) / 2.0
+    body, thin, weight = _anatomy(smoothed, lung, spacing_mm)
+    free = lung & ~body & (weight == 1.0)
+    texture, noise = _texture(hu, smoothed, lung & ~body, free & ~thin, spacing_mm)
+    parenchyma = np.where(thin, np.float32(0.0), weight)
+    quiet = smoothed
+    if noise > QUIET_NOISE_HU:
+        # The SD of white noise falls with sigma to the power of 3/2.
+        sigma_mm = smoothing_mm * (noise / QUIET_NOISE_HU) ** (2.0 / 3.0)
+        quiet = smooth_hu(hu, lung, [sigma_mm / s for s in spacing_mm])
+    pool = _Pool(lung, cell, spacing_mm)
+    columns = {
+        "body_share": pool.cells(body),
+        "raised_share": pool.mean(smoothed > raised_above, parenchyma, DENSITY_SIGMA_MM),
+        "laa950_share": pool.mean(quiet <= cut.LAA950_HU, parenchyma, DENSITY_SIGMA_MM),
+        "thin_share": pool.mean(thin, weight, SHARE_SIGMA_MM),
+        "texture_hu": pool.mean(texture, weight, SHARE_SIGMA_MM),
+        "broad_mean_hu": pool.mean(smoothed - np.float32(mode), weight, BROAD_SIGMA_MM) + np.float32(mode),
+    }
+    plain = (columns["raised_share"] < 0.5) & (columns["laa950_share"] < cut.LAA950_EMPHYSEMA_SHARE)
+    plain &= columns["body_share"] < 0.5
+    own = float(np.median(columns["texture_hu"][plain])) if plain.any() else float("nan")
+    own_thin = float(np.mean(columns["thin_share"][plain])) if plain.any() else float("nan")
+    origin = np.asarray([part.start // cell for part in region])
+    return DenseStatistics(
+        (pool.index + origin).astype(np.int32),
+        **columns,
+        healthy_mode_hu=mode,
+        healthy_texture_hu=own,
+        healthy_thin_share=own_thin,
+        noise_hu=noise,
+        lattice=lattice,
+    )
+
+
+def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
+    """Probability of each tissue at each cell: rules with soft cut points, none of them fitted to labels.
+
+    1. Consolidation: the cell lies in a dense body.
+    2. Else emphysema: the LAA-950 share of the parenchyma around is at least 10 %.
+    3. Else fibrosis: thin dense structure is above 15 % or twice that of the scan's own healthy lung, texture above
+       120 HU or twice that of the healthy lung (the lower of both counts), and the surroundings denser than healthy.
+    4. Else ground glass: more than half of the parenchyma is denser than halfway between the scan's healthy mode and
+       the prototype of ground glass; else healthy.
+
+    Each rule is a logistic step around its cut point, as wide as the statistic's standard error there.
+
+    Parameters
+    ----------
+    stats : DenseStatistics
+        Of one scan.
+
+    Returns
+    -------
+    float32 array, shape (N, 5)
+        In the order of ``MIXTURE_TISSUES``; rows sum to 1.
+
+    Source
+    ------
+    METHOD 1.6, 6 (cut points, see ``lungseg.tissue``); the steps are ours.
+    """
+    texture_cut = np.nanmin([cut.FIBROSIS_LOCAL_SD_HU, cut.FIBROSIS_TO_HEALTHY_TEXTURE * stats.healthy_texture_hu])
+    thin_cut = np.nanmin([cut.FIBROSIS_THIN_SHARE, cut.FIBROSIS_TO_HEALTHY_THIN * stats.healthy_thin_share])
+    # A scan that shows no thin structure at all in healthy lung has nothing to compare with.
+    thin_cut = max(float(thin_cut), cut.LEAST_THIN_SHARE)
+    raised_above = (stats.healthy_mode_hu + _prototype(Tissue.GGO)) / 2.0
+    dense = _step(stats.body_share, 0.5, cut.BODY_SHARE_ERROR)
+    emphysema = _step(stats.laa950_share, cut.LAA950_EMPHYSEMA_SHARE, cut.LAA950_SHARE_ERROR)
+    # All three must hold: the weakest decides, so that a sure two cannot make up for a missing third.
+    fibrosis = np.minimum.reduce([
+        _step(stats.thin_share, thin_cut, thin_cut * cut.THIN_SHARE_ERROR),
+        _step(stats.texture_hu, texture_cut, cut.TEXTURE_ERROR_HU),
+        _step(stats.broad_mean_hu, raised_above, cut.BROAD_MEAN_ERROR_HU),
+    ])  # fmt: skip
+    raised = _step(stats.raised_share, 0.5, cut.RAISED_SHARE_ERROR)
+    rest = 1.0 - dense
+    result = np.zeros((len(stats), 5), dtype=np.float32)
+    result[:, 4] = dense
+    result[:, 1] = rest * emphysema
+    rest = rest * (1.0 - emphysema)
+    result[:, 3] = rest * fibrosis
+    rest = rest * (1.0 - fibrosis)
+    result[:, 2] = rest * raised
+    result[:, 0] = rest * (1.0 - raised)
+    return result
+
+
+def evidence_posterior(stats: DenseStatistics, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (N, 5) on their lattice: float32 (5, z, y, x), and which cells are covered (bool)."""
+    posterior = np.zeros((probabilities.shape[1], *stats.lattice), dtype=np.float32)
+    covered = np.zeros(stats.lattice, dtype=bool)
+    place = tuple(stats.index.T)
+    posterior[(slice(None), *place)] = probabilities.T
+    covered[place] = True
+    return posterior, covered
+
+
+def _nothing(lattice: tuple[int, int, int]) -> DenseStatistics:
+    """Of a volume without lung."""
+    none, unknown = np.zeros(0, dtype=np.float32), float("nan")
+    index = np.zeros((0, 3), dtype=np.int32)
+    return DenseStatistics(
+        index, none, none, none, none, none, none, unknown, unknown, unknown, unknown, lattice
+    )  # fmt: skip
+
+
+def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Dense bodies, thin dense structures (both bool) and the weight of each voxel that is no body (float32)."""
+    from scipy.ndimage import binary_dilation, binary_erosion, maximum_filter, minimum_filter
+
+    edge = [max(2 * round((OPENING_MM / s - 1.0) / 2.0) + 1, 3) for s in spacing_mm]  # odd
+    # Air outside for bodies: a sheet of partial volume along the pleura is none. Density outside for thin structures:
+    # lung in the angles of the pleura is not thin.
+    opened = maximum_filter(minimum_filter(np.where(lung, smoothed, np.float32(-1000.0)), edge), edge)
+    dense = lung & (smoothed > cut.DENSE_BODY_HU)
+    body = dense & (opened > cut.DENSE_BODY_HU)
+    # The opening rounds a body's corners off: they are grown back, over dense lung only.
+    body = _reach(body, spacing_mm, binary_dilation, mask=dense)
+    opened = maximum_filter(minimum_filter(np.where(lung, smoothed, np.float32(100.0)), edge), edge)
+    spare = _reach(body, spacing_mm, binary_dilation) | ~_reach(lung, spacing_mm, binary_erosion, border_value=1)
+    weight = np.where(spare, np.float32(SPARE_WEIGHT), np.float32(1.0))
+    weight[~lung | body] = 0.0
+    contrast = smoothed - opened
+    aerated = contrast[(weight == 1.0) & (smoothed <= cut.HEALTHY_MEDIAN_HU)]
+    # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
+    floor = float(np.median(aerated)) if aerated.size else 0.0
+    thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
+    return body, thin, weight
+
+
+def _reach(region: np.ndarray, spacing_mm: Triple, operation: Callable[..., np.ndarray], **options: Any) -> np.ndarray:
+    """A mask dilated or eroded by ``SHELL_MM``."""
+    steps = max(1, round(SHELL_MM / float(np.exp(np.mean(np.log(spacing_mm))))))
+    return operation(region, iterations=steps, **options)
+
+
+def _texture(
+    hu: np.ndarray, smoothed: np.ndarray, lung: np.ndarray, parenchyma: np.ndarray, spacing_mm: Triple
+) -> tuple[np.ndarray, float]:
+    """Local SD beyond the noise of the scan, and that noise: the 10th percentile of it in aerated parenchyma."""
+    from lungseg.segmentation.density import NOISE_PERCENTILE
+
+    deviation = local_sd(hu, lung, spacing_mm)
+    aerated = deviation[parenchyma & (smoothed <= cut.HEALTHY_MEDIAN_HU)]
+    noise = float(np.percentile(aerated, NOISE_PERCENTILE)) if aerated.size else 0.0
+    return np.sqrt(np.maximum(np.square(deviation) - np.float32(noise) ** 2, 0.0)), noise
+
+
+class _Pool:
+    """Means over cells, and over Gaussian windows around them, of lung voxels."""
+
+    def __init__(self, lung: np.ndarray, cell: int, spacing_mm: Triple) -> None:
+        self.cell, self.spacing_mm = cell, spacing_mm
+        self.lung = self._block(lung)
+        self.inside = self.lung > 0
+        self.index = np.argwhere(self.inside)
+
+    def cells(self, values: np.ndarray) -> np.ndarray:
+        """Mean over the lung of each cell; zero outside the lung on input."""
+        return self._block(values)[self.inside] / self.lung[self.inside]
+
+    def mean(self, values: np.ndarray, weight: np.ndarray, sigma_mm: float) -> np.ndarray:
+        """Weighted mean in a Gaussian window around each cell; 0 where nothing has weight."""
+        total = self._window(values * weight, sigma_mm)
+        share = self._window(weight, sigma_mm)
+        return np.where(share > MINIMUM_WEIGHT, total / np.maximum(share, MINIMUM_WEIGHT), np.float32(0.0))
+
+    def _window(self, values: np.ndarray, sigma_mm: float) -> np.ndarray:
+        from scipy.ndimage import gaussian_filter
+
+        sigma = [sigma_mm / (s * self.cell) for s in self.spacing_mm]
+        return gaussian_filter(self._block(values), sigma, mode="constant", truncate=3.0)[self.inside]
+
+    def _block(self, values: np.ndarray) -> np.ndarray:
+        """Mean of each cell, those of a cut cell over its whole; float32."""
+        c = self.cell
+        shape = lattice_shape(values.shape, c)
+        padding = [(0, n * c - size) for n, size in zip(shape, values.shape, strict=True)]
+        full = np.pad(values, padding) if any(after for _, after in padding) else values
+        z, y, x = shape
+        return full.reshape(z, c, y, c, x, c).mean(axis=(1, 3, 5), dtype=np.float32)
+
+
+def _aligned(region: tuple[slice, ...], cell: int) -> tuple[slice, ...]:
+    """A region that begins on the lattice."""
+    return tuple(slice(part.start // cell * cell, part.stop) for part in region)
+
+
+def _step(values: np.ndarray, middle: float, error: float) -> np.ndarray:
+    """Logistic with the slope of a normal distribution of standard deviation ``error``."""
+    from scipy.special import expit
+
+    return expit((values - middle) * (np.pi / np.sqrt(3.0) / error))
+
+
+def _prototype(tissue: Tissue) -> float:
+    value = TISSUES[tissue].prototype_hu
+    assert value is not None
+    return value
