@@ -32,6 +32,7 @@ from lungseg.segmentation.density import (
     token_statistics,
 )
 from lungseg.segmentation.encoding import encode_passes, lattice_cell
+from lungseg.segmentation.evidence import cell_evidence
 from lungseg.segmentation.lattice import Region, token_mask_fraction
 from lungseg.segmentation.naming import name_tokens
 from lungseg.stages.attention_tokens import attention_shares
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 VOXEL_PLANES = 16
 """Planes of voxels given at once by the methods that look at every voxel: bounds the memory."""
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Of ``TokenSource.rule_shares``: samples and posteriors of another version are not gone on with."""
 
 _STUDENT_SETTINGS = ("timesteps", "combine", "encoding", "overlap", "window_sigma", "min_window_lung")
@@ -180,8 +181,11 @@ class TokenSource:
         The one place where a scan meets the rules: method `rules`, and the votes that name components and attention
         segments. Raise ``RULES_VERSION`` when it changes.
         """
-        statistics, mode = self.statistics(scan, index)
-        return tissue_shares(name_tokens(statistics, healthy_mode_hu=mode))
+        if self.method in VOXEL_METHODS:
+            # a voxel has no texture: its HU alone names it
+            statistics, mode = self.statistics(scan, index)
+            return tissue_shares(name_tokens(statistics, healthy_mode_hu=mode))
+        return cell_evidence(scan.image, scan.mask, cell=self.cell, spacing_mm=scan.spacing_mm)[:, *index.T].T
 
     def statistics_of_lung(self, scan: Scan) -> tuple[np.ndarray, TokenStatistics, float]:
         """Sites (N, 3) whose cell holds lung, their HU statistics, and the scan's healthy mode."""

@@ -17,29 +17,18 @@ import numpy as np
 from lungseg.evaluation.overlap import dice
 from lungseg.evaluation.surface import hd95_mm
 from lungseg.segmentation.contours import ContourSettings, contours
-from lungseg.segmentation.density import healthy_mode_hu, smooth_hu, token_statistics
-from lungseg.segmentation.lattice import fill_uncovered, lattice_shape, token_mask_fraction
-from lungseg.segmentation.naming import name_tokens
+from lungseg.segmentation.evidence import cell_evidence
 from lungseg.segmentation.sobel_fusion import remove_small_components
 from lungseg.stages.case_maps import on_full_grid, source_labels
 from lungseg.store.cases import Store
-from lungseg.tissue import MIXTURE_TISSUES, TISSUES, UNCLASSIFIED, Tissue
+from lungseg.tissue import MIXTURE_TISSUES, TISSUES, Tissue
 
-WINDOW = 8
 MINIMUM_REFERENCE_ML = 1.0
 
 
 def rule_posterior(volume_hu: np.ndarray, mask: np.ndarray, spacing_mm: tuple[float, ...], cell: int) -> np.ndarray:
-    """One-hot posterior of the naming rules on a lattice, windows of 8 voxels."""
-    tokens = np.argwhere(token_mask_fraction(mask, cell) > 0)
-    statistics = token_statistics(volume_hu, mask, tokens, token_size=cell, window=WINDOW, spacing_mm=spacing_mm)
-    names = name_tokens(statistics, healthy_mode_hu=healthy_mode_hu(smooth_hu(volume_hu, mask), mask))
-    posterior = np.zeros((len(MIXTURE_TISSUES), *lattice_shape(mask.shape, cell)), dtype=np.float32)
-    for k, tissue in enumerate(MIXTURE_TISSUES):
-        posterior[(k, *tokens[names == tissue].T)] = 1.0
-    coverage = np.zeros(posterior.shape[1:], dtype=bool)
-    coverage[tuple(tokens[names != UNCLASSIFIED].T)] = True
-    return fill_uncovered(posterior, coverage)
+    """Posterior of the naming rules on a lattice."""
+    return cell_evidence(volume_hu, mask, cell=cell, spacing_mm=spacing_mm)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from tissue_fixture import SPACING_MM, dice, make_fixture
 from lungseg.errors import InputError
 from lungseg.segmentation.evidence import (
     DenseStatistics,
+    cell_evidence,
     dense_statistics,
     evidence_posterior,
     tissue_probabilities,
@@ -152,6 +153,20 @@ def test_a_thick_slice_keeps_its_geometry():
     assert thick.body_share.mean() == pytest.approx(fine.body_share.mean(), rel=0.2)
     assert thick.laa950_share.mean() == pytest.approx(fine.laa950_share.mean(), rel=0.2)
     assert thick.raised_share.mean() == pytest.approx(fine.raised_share.mean(), rel=0.2)
+
+
+def test_coarse_cells_take_the_mean_of_the_fine_ones_with_lung():
+    fixture = make_fixture(noise_hu=0.0)
+    shares = cell_evidence(fixture.volume_hu, fixture.mask, cell=6, spacing_mm=SPACING_MM)
+    stats = dense_statistics(fixture.volume_hu, fixture.mask, cell=2, spacing_mm=SPACING_MM)
+    fine = tissue_probabilities(stats)
+    assert shares.shape == (5, *lattice_shape(fixture.mask.shape, 6))
+    lung = token_mask_fraction(fixture.mask, 6) > 0
+    np.testing.assert_allclose(shares.sum(axis=0)[lung], 1.0, atol=1e-5)
+    assert not shares[:, ~lung].any()
+    for site in np.argwhere(lung)[::7]:
+        members = (stats.index // 3 == site).all(axis=1)
+        np.testing.assert_allclose(shares[:, *site], fine[members].mean(axis=0), atol=1e-5)
 
 
 def test_nothing_and_nonsense():

@@ -199,13 +199,13 @@ def test_combinations_weigh_both_blocks_alike() -> None:
 
 def test_methods_can_live_side_by_side_under_any_name(single: Single, tmp_path: Path) -> None:
     store = single.copy(tmp_path / "store")
-    fine = make_config(ClusterConfig, method="rules", name="rules-fine", token_stride=2)
-    clustered(store, single.model, fine)
+    wide = make_config(ClusterConfig, method="rules", name="rules-wide", token_stride=4)
+    clustered(store, single.model, wide)
     clustered(store, single.model, make_config(ClusterConfig, method="rules"))
-    with Store(store).open(CASE, "clusters", "rules-fine") as fine_one:
-        assert fine_one.provenance["token_size"] == 2
-    with Store(store).open(CASE, "clusters", "rules") as coarse:
+    with Store(store).open(CASE, "clusters", "rules-wide") as coarse:
         assert coarse.provenance["token_size"] == 4
+    with Store(store).open(CASE, "clusters", "rules") as fine:
+        assert fine.provenance["token_size"] == 2
 
 
 def test_errors_say_what_to_do(single: Single, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_errors_say_what_to_do(single: Single, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="is of --method rules, not of hu-thresholds"):
         cluster(store, None, settings("hu-thresholds"), fit=store / "fits" / "rules", execution=QUIET)
     coarser = dataclasses.replace(rules, token_stride=8)
-    with pytest.raises(MismatchError, match="token_stride: fitted with 4, now 8"):
+    with pytest.raises(MismatchError, match="token_stride: fitted with 2, now 8"):
         cluster(store, None, coarser, fit=store / "fits" / "rules", execution=QUIET)
     (store / "standardisation.json").unlink()
     with pytest.raises(InputError, match=r"standardisation.json is missing: run lungseg extract-radiomics"):
