@@ -118,6 +118,7 @@ def test_labels_are_the_same_without_references_and_with_noise_for_them(
         assert results(_mapped(other, single, method), name) == found
     assert {path.split("/")[-1] for path in found} == {
         f"tokens.{name}.h5", f"clusters.{name}.h5", f"labels.{name}.h5", "mixture.safetensors", "clusters.json",
+        "embedding.png",
     }  # fmt: skip
 
 
