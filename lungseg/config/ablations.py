@@ -41,7 +41,7 @@ class Published:
     """Percent, by tissue."""
 
 
-_NO_FUSION: Changes = {RefineConfig: {"fusion": "none", "rim_mm": 0.0}}
+_NO_FUSION: Changes = {RefineConfig: {"fusion": "none", "rim_mm": 0.0, "min_component_ml": 0.05}}
 _ONE_LEVEL: Changes = {ClusterConfig: {"timesteps": (10,)}, **_NO_FUSION}
 _NO_WARM_UP = {"distill_start": 0.0, "distill_full": 0.0}
 _UNTAUGHT = {"distill": "none"}
@@ -60,7 +60,8 @@ ABLATIONS: Mapping[str, Ablation] = {
     "4-warm-up": Ablation("distillation with warm-up", _ONE_LEVEL),
     "5-timesteps": Ablation("several noise levels side by side", _NO_FUSION),
     "6-sobel": Ablation(
-        "contours by Sobel-Diffusion Fusion: the whole method", {RefineConfig: {"fusion": "sobel", "rim_mm": 0.0}}
+        "contours by Sobel-Diffusion Fusion: the whole method",
+        {RefineConfig: {"fusion": "sobel", "rim_mm": 0.0, "min_component_ml": 0.05}},
     ),
     # our own: each row against the whole method
     "no-distillation": Ablation("diffusion alone", {TrainConfig: _UNTAUGHT, ClusterConfig: _BOTTLENECK}),

@@ -92,7 +92,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "regularisation": 1e-4,
             "naming": "mean-hu-adaptive",
         },
-        RefineConfig: {"fusion": "none", "rim_mm": 0.0},
+        RefineConfig: {"fusion": "none", "rim_mm": 0.0, "min_component_ml": 0.05},
     },
     # the paper's text
     "paper-text": {
@@ -105,7 +105,7 @@ PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
             "regularisation": 1e-4,
             "naming": "mean-hu",
         },
-        RefineConfig: {"fusion": "sobel", "rim_mm": 0.0},
+        RefineConfig: {"fusion": "sobel", "rim_mm": 0.0, "min_component_ml": 0.05},
     },
 }
 

@@ -52,7 +52,9 @@ def test_the_published_table_grows_by_one_switch_a_row() -> None:
         )  # fmt: skip
     train, clustering, refining = configs[-1]
     assert (train, clustering) == (make_config(TrainConfig), make_config(ClusterConfig))
-    assert refining == make_config(RefineConfig, fusion="sobel", rim_mm=0.0)  # whatever the default
+    assert refining == make_config(
+        RefineConfig, fusion="sobel", rim_mm=0.0, min_component_ml=0.05
+    )  # whatever the default
 
 
 def test_rows_of_both_tables_and_their_published_figures() -> None:
