@@ -99,10 +99,12 @@ TABLE_3 = ("1-8-bit", "2-hu", "3-distillation", "4-warm-up", "5-timesteps", "6-s
 """Rows of the cumulative ablation, in order."""
 
 
-def _method(doc: str, method: str, train: Mapping[str, Any] | None = None, *, plain: bool = False) -> Ablation:
+def _method(
+    doc: str, method: str, train: Mapping[str, Any] | None = None, *, plain: bool = False, **clustering: Any
+) -> Ablation:
     """``plain``: label maps of the plain posterior, as a baseline has them."""
     taught: Changes = {TrainConfig: train} if train else {}
-    return Ablation(doc, {**taught, ClusterConfig: {"method": method}, **(_NO_FUSION if plain else {})})
+    return Ablation(doc, {**taught, ClusterConfig: {"method": method, **clustering}, **(_NO_FUSION if plain else {})})
 
 
 METHODS: Mapping[str, Ablation] = {
@@ -111,11 +113,13 @@ METHODS: Mapping[str, Ablation] = {
     "radiomics-kmeans": _method("the paper's baseline: K-means, K = 5, mean-HU names", "radiomics-kmeans", plain=True),
     "rules": _method("naming rules on HU and texture of tokens, nothing learned", "rules"),
     "radiomics": _method("the same mixture and names on the teacher's descriptor", "radiomics"),
+    "radiomics-anchored": _method("the teacher's descriptor, mixture anchored at HU", "radiomics", mixture="anchored"),
     # what the paper compares with has not been taught either
     "attention": _method("merged self-attention of an untaught network (DiffSeg)", "attention", _UNTAUGHT),
     "diffusion-only": _method("bottleneck of an untaught network", "diffusion-only", _UNTAUGHT),
     "diffusion-only-radiomics": _method("that, beside radiomics", "diffusion-only+radiomics", _UNTAUGHT),
     "diffseglung": _method("distilled tokens: the method, as it is by default", "diffseglung"),
+    "diffseglung-anchored": _method("distilled tokens, mixture anchored at HU", "diffseglung", mixture="anchored"),
     "diffseglung-radiomics": _method("that, beside radiomics", "diffseglung+radiomics"),
 }
 """Rows of table 2, the cheapest first."""
