@@ -35,7 +35,7 @@ def demo(samples: Path, output: Path, *, execution: Execution = Execution()) -> 
     for manifest in manifests.values():
         if not manifest.is_file():
             raise InputError(f"{manifest} is missing; make phantoms with: lungseg phantom -o {manifest.parent} -n 4")
-    plan = plan_run(RunConfig(preset=PRESET, salt=SALT))
+    plan = plan_run(RunConfig(preset=PRESET, salt=SALT), train=True)
     log.info("demo 1/3: scans to a patch store (%s)", manifests["train"])
     preprocess(
         None,

@@ -38,6 +38,8 @@ from lungseg.store.cases import Store
 log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 
+METHOD_WITHOUT_MODEL, PRESET_WITHOUT_MODEL = "rules", "small"
+"""What maps best of all that needs no training, and the grid it was measured on (tests/benchmarks/EXPERIMENTS.md)."""
 HOW_TO_GET_A_MODEL = (
     "no model given, and this installation ships no starter model. Either name one with --model FILE (a bundle from a "
     "colleague, or RUN of lungseg train-ddpm), or train one on these scans with --train (about two minutes with "
@@ -61,14 +63,14 @@ def run(
 ) -> StageResult:
     """From scans to label maps, numbers and pictures in ``output``.
 
-    Without a model where the configuration asks for a method of clustering that needs none.
-
     ``output/store`` is the patch store, ``output/results`` holds what ``refine --export`` writes, ``output/report`` the
     pages of ``report``, ``output/scores`` the evaluation if the manifest names references, and with ``train``
     ``output/model`` the training run and ``output/bundle.safetensors`` the model with its fit. The page shows the
     pictures of all of them, of the run that ``model`` lies in, and of the folders ``pictures``.
 
-    Without a model and without ``train`` the shipped starter model is used, which brings its limits along.
+    Without a model and without ``train`` the method is ``METHOD_WITHOUT_MODEL`` on the grid of
+    ``PRESET_WITHOUT_MODEL``, unless the configuration says otherwise; a method that needs a model then takes the
+    shipped starter model, which brings its limits along.
 
     Raises
     ------
@@ -78,11 +80,17 @@ def run(
     """
     if model is not None and train:
         raise UsageError("--model and --train exclude each other")
-    if model is None and not train and _needs_model(plan_run(config)):
+    plan = plan_run(config, model=Path(model) if model else None, train=train)
+    if model is None and not train and _needs_model(plan):
         model = shipped_model()
         limits = read_model_file(model)[0]["card"].get("limits", "not stated")
         log.info("run: no --model given, so the starter model shipped with lungseg is used. Its limits: %s", limits)
-    plan = plan_run(config, model=Path(model) if model else None)
+        plan = plan_run(config, model=model)
+    elif model is None and not train:
+        log.info(
+            "run: no --model given: method %s, which needs none; --model starter takes the shipped network",
+            plan.cluster.method,
+        )
     if train and not _needs_model(plan):
         raise UsageError(f"--train trains a model, which method {plan.cluster.method} of [cluster] does not use")
     output = output_folder(Path(output))
@@ -164,7 +172,7 @@ class Plan:
     report: ReportConfig
 
 
-def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
+def plan_run(config: RunConfig, *, model: Path | None = None, train: bool = False) -> Plan:
     """Settings of every stage: preset, overlaid by the TOML file; what a model dictates cannot be changed.
 
     Raises
@@ -175,9 +183,14 @@ def plan_run(config: RunConfig, *, model: Path | None = None) -> Plan:
     preset, dictated = config.preset, _dictated(find_model(model)) if model else {}
     if model and config.preset == DEFAULT_PRESET:
         preset = _preset_of(load_student(find_model(model)).config)
+    free = model is None and not train
+    if free and config.preset == DEFAULT_PRESET:
+        preset = PRESET_WITHOUT_MODEL
 
     def make(cls: type[ConfigT], command: str, **values: Any) -> ConfigT:
         file_values = read_toml(Path(config.config), command) if config.config else {}
+        if free and cls is ClusterConfig:
+            file_values = {"method": METHOD_WITHOUT_MODEL, **file_values}
         fixed = dictated.get(cls, {})
         made = make_config(cls, preset=preset, file_values=file_values, **values)
         for key in {key.replace("-", "_") for key in file_values} & set(fixed):
@@ -221,9 +234,9 @@ def _needs_model(plan: Plan) -> bool:
 
 def plan_dict(config: RunConfig, *, model: Path | None = None, train: bool = False) -> dict[str, Any]:
     """The plan as JSON types, by command: what ``lungseg run --dry-run`` prints."""
-    if model is None and not train and _needs_model(plan_run(config)) and starter_path().is_file():
-        model = starter_path()
-    plan = plan_run(config, model=model)
+    plan = plan_run(config, model=model, train=train)
+    if model is None and not train and _needs_model(plan) and starter_path().is_file():
+        plan = plan_run(config, model=starter_path())
     names = {"radiomics": "extract-radiomics", "train": "train-ddpm"}
     return {names.get(f.name, f.name): to_dict(getattr(plan, f.name)) for f in dataclasses.fields(plan)}
 

@@ -176,7 +176,10 @@ def test_synthesize_and_training_refuse_a_model_for_features(slim: Path, copy: P
 
 def test_run_takes_the_shipped_model_and_says_so(shipped: Path, manifest: Path, tmp_path: Path) -> None:
     scan = str(manifest.parent / "phantom-11")
-    result = CliRunner().invoke(app, ["run", scan, "-o", str(tmp_path / "out")])
+    toml = tmp_path / "method.toml"
+    toml.write_text('[cluster]\nmethod = "diffseglung"\n', encoding="utf-8")
+    asked = ["--config", str(toml)]
+    result = CliRunner().invoke(app, ["run", scan, "-o", str(tmp_path / "out"), *asked])
     assert result.exit_code == 0, result.output
     assert "the starter model shipped with lungseg is used. Its limits: good for nothing but tests" in result.output
     named = CliRunner().invoke(app, ["run", scan, "-o", str(tmp_path / "named"), "--model", "starter"])
@@ -184,10 +187,22 @@ def test_run_takes_the_shipped_model_and_says_so(shipped: Path, manifest: Path, 
     assert "Its limits" not in named.output
     maps = [next((tmp_path / name / "results").glob("*.nii.gz")).stat().st_size for name in ("out", "named")]
     assert maps[0] == maps[1]
-    planned = CliRunner().invoke(app, ["run", scan, "-o", str(tmp_path / "x"), "--dry-run"])
+    planned = CliRunner().invoke(app, ["run", scan, "-o", str(tmp_path / "x"), "--dry-run", *asked])
     assert json.loads(planned.output)["stages"]["preprocess"]["spacing_mm"] == 2.0
     trained = CliRunner().invoke(app, ["run", scan, "-o", str(tmp_path / "x"), "--dry-run", "--train"])
     assert json.loads(trained.output)["stages"]["preprocess"]["spacing_mm"] == PreprocessConfig().spacing_mm
+
+
+def test_run_needs_neither_model_nor_training(manifest: Path, tmp_path: Path) -> None:
+    """The rules, on the grid they were measured on; a preset or a file changes either."""
+    words = ["run", str(manifest.parent / "phantom-11"), "-o", str(tmp_path / "out")]
+    stages = json.loads(CliRunner().invoke(app, [*words, "--dry-run"]).output)["stages"]
+    assert (stages["cluster"]["method"], stages["preprocess"]["spacing_mm"]) == ("rules", 1.0)
+    assert stages["cluster"]["token_stride"] == 2
+    result = CliRunner().invoke(app, [*words, "--preset", "tiny"])
+    assert result.exit_code == 0, result.output
+    assert "no --model given: method rules, which needs none" in result.output
+    assert len(list((tmp_path / "out" / "results").glob("*.nii.gz"))) == 1
 
 
 def test_starter_is_a_name_of_the_shipped_model(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +219,8 @@ def test_starter_is_a_name_of_the_shipped_model(shipped: Path, tmp_path: Path, m
 def test_an_installation_without_a_model_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lungseg.models, "STARTER_FILE", "absent.safetensors")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["run", "scan", "-o", "out"])
+    (tmp_path / "method.toml").write_text('[cluster]\nmethod = "diffseglung"\n', encoding="utf-8")
+    result = CliRunner().invoke(app, ["run", "scan", "-o", "out", "--config", "method.toml"])
     assert result.exit_code == 2
     assert all(word in result.output for word in ("ships no starter model", "--model", "--train"))
     assert not (tmp_path / "out").exists()
