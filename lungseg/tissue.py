@@ -99,6 +99,11 @@ BODY_SHARE_ERROR, LAA950_SHARE_ERROR, RAISED_SHARE_ERROR = 0.3, 0.06, 0.15
 """Standard errors of the shares at their cut points: sqrt(p (1 - p) / n) of n independent pieces of lung in the window.
 Noise and blur tie about 27 mm3 together: n is about 26 in the window of 2.5 mm (6 % at a share of 10 %); lung structure
 is coarser: about 10 for raised density, 3 in a cell of 2 mm."""
+PLAIN_BAND_HU = 60.0
+"""Parenchyma this near to the scan's healthy mode is plain healthy lung: the distance that makes emphysema below it."""
+BUNDLE_PLAIN_SHARE = 0.2
+"""A piece of thin dense structure with this share of plain healthy lung between is a bundle of vessels, not fibrosis.
+Phantom-informed (validation phantoms 300-301: true pieces 0.01 to 0.17, bundles 0.17 to 0.46)."""
 LEAST_THIN_SHARE = 0.03
 """The cut is never lower: a chance voxel in a window is no mesh. Our choice."""
 THIN_SHARE_ERROR = 0.33

@@ -15,6 +15,7 @@ from lungseg.segmentation.evidence import (
     dense_statistics,
     evidence_posterior,
     tissue_probabilities,
+    without_bundles,
 )
 from lungseg.segmentation.lattice import fill_uncovered, lattice_shape, token_mask_fraction
 from lungseg.segmentation.sobel_fusion import posterior_labels
@@ -32,6 +33,8 @@ def _statistics(**given) -> DenseStatistics:
         "thin_share": 0.05,
         "texture_hu": 40.0,
         "broad_mean_hu": -840.0,
+        "parenchyma_share": 0.9,
+        "plain_share": 0.8,
     }
     columns = {name: np.full(1, given.get(name, value), dtype=np.float32) for name, value in plain.items()}
     return DenseStatistics(
@@ -159,7 +162,7 @@ def test_coarse_cells_take_the_mean_of_the_fine_ones_with_lung():
     fixture = make_fixture(noise_hu=0.0)
     shares = cell_evidence(fixture.volume_hu, fixture.mask, cell=6, spacing_mm=SPACING_MM)
     stats = dense_statistics(fixture.volume_hu, fixture.mask, cell=2, spacing_mm=SPACING_MM)
-    fine = tissue_probabilities(stats)
+    fine = without_bundles(stats, tissue_probabilities(stats))
     assert shares.shape == (5, *lattice_shape(fixture.mask.shape, 6))
     lung = token_mask_fraction(fixture.mask, 6) > 0
     np.testing.assert_allclose(shares.sum(axis=0)[lung], 1.0, atol=1e-5)
@@ -167,6 +170,27 @@ def test_coarse_cells_take_the_mean_of_the_fine_ones_with_lung():
     for site in np.argwhere(lung)[::7]:
         members = (stats.index // 3 == site).all(axis=1)
         np.testing.assert_allclose(shares[:, *site], fine[members].mean(axis=0), atol=1e-5)
+
+
+def test_a_bundle_of_vessels_is_no_fibrosis_and_a_mesh_stays():
+    """Two pieces of the same thin structure, healthy lung between the one's and raised lung between the other's."""
+    index = np.argwhere(np.ones((9, 4, 4), dtype=bool))
+    index = index[(index[:, 0] < 4) | (index[:, 0] > 4)]
+    one = np.ones(len(index), dtype=np.float32)
+    stats = dataclasses.replace(
+        _statistics(**FIBROSIS),
+        index=index.astype(np.int32),
+        **{name: one * value for name, value in {"body_share": 0.0, "laa950_share": 0.0, **FIBROSIS}.items()},
+        parenchyma_share=one * 0.6,
+        plain_share=np.where(index[:, 0] < 4, 0.6 * 0.25, 0.6 * 0.15).astype(np.float32),
+        lattice=(9, 4, 4),
+    )
+    before = tissue_probabilities(stats)
+    after = without_bundles(stats, before)
+    assert {MIXTURE_TISSUES[k] for k in before.argmax(axis=1)} == {Tissue.FIBROSIS}
+    assert {MIXTURE_TISSUES[k] for k in after[index[:, 0] < 4].argmax(axis=1)} == {Tissue.HEALTHY}
+    np.testing.assert_array_equal(after[index[:, 0] > 4], before[index[:, 0] > 4])
+    np.testing.assert_allclose(after.sum(axis=1), 1.0, atol=1e-6)
 
 
 def test_nothing_and_nonsense():
