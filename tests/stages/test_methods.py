@@ -288,6 +288,8 @@ def test_run_needs_no_model_where_the_method_needs_none(manifest: Path, tmp_path
     # nothing said: the rules; a method that needs a model takes the shipped one
     plan = plan_run(RunConfig())
     assert (plan.cluster.method, plan.refine.name, plan.preprocess.spacing_mm) == ("rules", "rules", 1.0)
+    assert plan_run(RunConfig(preset="lungseg")).preprocess.spacing_mm == 0.6  # said, so taken
+    assert plan_run(RunConfig(), train=True).preprocess.spacing_mm == 0.6
     toml.write_text('[cluster]\nmethod = "diffseglung"\n')
     assert plan_dict(RunConfig(config=str(toml)))["preprocess"]["spacing_mm"] == 1.0
     toml.write_text('[preprocess]\nspacing-mm = 2.0\n[cluster]\nmethod = "rules"\n')
