@@ -143,7 +143,9 @@ def report_pages(
     folder = output_folder(output)
     for part in ("cases", "previews"):
         output_folder(folder / part)
-    others = scores_of_other_maps(beside.scores, config.name, store, agreement) if agreement and beside.scores else ()
+    others: frozenset[str] = frozenset()
+    if agreement and beside.scores:
+        others = scores_of_other_maps(beside.scores, config.name, store, agreement)
     if others:
         log.warning("report: %d scans were scored with another map than theirs is now: %s is not shown for them, nor "
                     "its pictures; run lungseg evaluate again", len(others), beside.scores)  # fmt: skip
