@@ -253,7 +253,11 @@ COMMANDS: tuple[Command, ...] = (
         (
             _SCANS,
             _output("Folder for the store, the maps and the numbers."),
-            PathOption("model", "Bundle, model.safetensors or training run; none: the shipped model.", ("--model",)),
+            PathOption(
+                "model",
+                "Bundle, model.safetensors, training run, or `starter`: the shipped one; none: method rules.",
+                ("--model",),
+            ),
             PathOption("manifest", "CSV describing the cases, as for preprocess.", ("--manifest",)),
             PathOption("id_map", "CSV (mode 0600) linking case ids to sources.", ("--id-map",)),
             _SERIES,
@@ -263,8 +267,8 @@ COMMANDS: tuple[Command, ...] = (
         ),
         RunConfig,
         (
+            "lungseg run dicom/ -o out",
             "lungseg run dicom/ -o out --model bundle.safetensors",
-            "lungseg run dicom/ -o out --train --preset small --device cuda",
         ),
         ("device", "jobs", "threads", "overwrite", "dry_run", *_SAYING),
         plan="lungseg.stages.run:plan_dict",

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from lungseg.config.fields import MAX_SEED, option
 from lungseg.config.preprocess import LUNG_MASK_LABELS
-from lungseg.config.presets import DEFAULT_PRESET, PRESETS
+from lungseg.config.presets import PRESETS
+
+AUTO_PRESET = "auto"
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,9 @@ class RunConfig:
     """Everything for new scans. Spacing and network come from the model; stages can be set in a TOML file."""
 
     preset: str = option(
-        DEFAULT_PRESET, "Named settings of the stages (a model brings its own).", choices=tuple(PRESETS)
+        AUTO_PRESET,
+        "Named settings of the stages; auto: the model's, `lungseg` with --train, `small` (1 mm) with neither.",
+        choices=(AUTO_PRESET, *PRESETS),
     )
     config: str = option("", "TOML file; its tables, named like the commands, set options of the stages.")
     salt: str = option("", "Secret that makes case ids reproducible; empty: a new random one.")

@@ -21,6 +21,7 @@ UNCERTAIN_PCT = 25.0
 DOUBTED_EMPHYSEMA_PCT, DOUBTED_RATIO = 5.0, 4.0
 """Mapped emphysema of at least this share of the lung is doubted where LAA-950 is less than a quarter of it: our
 choice. Emphysema holds denser voxels too, so that a map shows more of it than LAA-950."""
+OUTDATED_SCORES = "its scores are of an earlier map and are not shown: run lungseg evaluate again"
 DISEASE = tuple(TISSUES[Tissue(tissue)].name for tissue in VIEWS["abnormal"]["abnormal"])
 TITLES: Mapping[str, str] = {info.name: info.title for info in TISSUES.values()} | {UNCLASSIFIED_NAME: "Unclassified"}
 COLOURS: Mapping[str, tuple[int, int, int]] = {info.name: info.colour for info in TISSUES.values()} | {
@@ -42,6 +43,8 @@ class CaseSummary:
     """Address of its own page, relative to the cohort's."""
     agreement: Agreement | None = None
     """Scores against a reference, if it was evaluated."""
+    scored_another_map: bool = False
+    """The scores that there are belong to an earlier map of this scan: they are not shown."""
     numbers: Mapping[tuple[str, str], QuantityRow] = field(init=False)
     """Rows by region and metric."""
 
@@ -148,7 +151,10 @@ class CaseSummary:
             words.append(f"{unclassified:.0f} % of the lung is unclassified")
         if self.quantities.covariates.inspiration == "expiration":
             words.append("an expiratory scan: its lung is denser than the thresholds and the map take it to be")
-        return [*words, *(text for text in self.quantities.warnings if text not in words)]
+        words += [text for text in self.quantities.warnings if text not in words]
+        if self.scored_another_map:
+            words.append(OUTDATED_SCORES)
+        return words
 
 
 def ranked(summaries: Sequence[CaseSummary]) -> list[CaseSummary]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -102,7 +103,8 @@ def fit_cohort(store: Store, case_ids: list[str], source: TokenSource, execution
     Raises
     ------
     MismatchError
-        If a fit of other settings or tokens is there and ``execution.overwrite`` is off.
+        If a fit of other settings or tokens is there and ``execution.overwrite`` is off. Of a method that fits nothing
+        other scans are no reason: the next scan of a folder is mapped like the first ones.
     """
     config, name = source.config, source.config.run_name
     folder = store.fit_dir(name)
@@ -122,12 +124,29 @@ def fit_cohort(store: Store, case_ids: list[str], source: TokenSource, execution
                 check_current(read_json(folder / "clusters.json")["provenance"], wanted, what=str(folder))
                 return load_fit(folder)
             except MismatchError:
-                if not execution.overwrite:
+                # Where nothing is fitted the sample only describes: with other scans it is described again, and what
+                # was mapped before stays as it is.
+                if not (
+                    execution.overwrite or (config.method in UNFITTED_METHODS and _differs_in_cases(folder, wanted))
+                ):
                     raise
         sample = _read(store, case_ids, config)
         fitted = _fit(sample, source, wanted)
         write_fit(folder, fitted, _pictures(sample, fitted))
     return fitted
+
+
+def _differs_in_cases(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a fit was made with the same settings and model, of other scans."""
+    there = read_json(folder / "clusters.json")["provenance"]
+    kept = {key: wanted["inputs"].get(key) for key in ("model", "standardisation")}
+    try:
+        check_current(
+            {**there, "inputs": {key: there["inputs"].get(key) for key in kept}}, {**wanted, "inputs": kept}, what=""
+        )
+    except MismatchError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,6 +134,7 @@ def evaluate(
         "config": _public_config(config),
         "notes": list(notes),
         "label_maps": _label_maps(plan),
+        "map_fingerprints": _fingerprints(outcomes),
         "oracle_namings": {name: _naming_dict(naming) for name, naming in namings.items()},
         "problems": problems,
         "calibration": calibration_dict(calibrations),
@@ -164,6 +165,15 @@ def evaluate(
         verdict=PartialError.exit_code if any(o.status == FAILED for o in outcomes) else None,
     )
     return result.as_document(summary=figures) if as_json else result
+
+
+def _fingerprints(outcomes: Sequence[CaseOutcome]) -> dict[str, dict[str, str]]:
+    """Which label map of a store was scored, by method and case: a report sees by it whether the map has changed."""
+    found: dict[str, dict[str, str]] = {}
+    for outcome in outcomes:
+        for method, fingerprint in _value(outcome).fingerprints.items():
+            found.setdefault(method, {})[outcome.case_id] = fingerprint
+    return found
 
 
 def _has_dicom(plan: ScoringPlan) -> bool:

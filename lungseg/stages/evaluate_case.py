@@ -60,6 +60,8 @@ class CaseScores:
     """Classes that the view has no place for, by method: lungs among tissues, or tissues among lungs."""
     calibrations: dict[str, np.ndarray] = field(default_factory=dict)
     """Right and wrong voxels by confidence, of methods that tell theirs."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of the label map that was scored, by method, of maps of a store."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Side:
     """Taken from a file on another grid, by `--resample-to reference`."""
     left_out: tuple[str, ...] = ()
     """Classes of the file that the view has no place for."""
+    fingerprint: str = ""
+    """Of the label map, if it is one of a store."""
 
 
 def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
@@ -86,6 +90,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     resampled = []
     left_out = {}
     calibrations: dict[str, np.ndarray] = {}
+    fingerprints = {}
     if reference is None:
         problems[""] = NO_REFERENCE
     lungs = None if reference is None else _lungs(pair, scoring, reference.volume.geometry)
@@ -102,6 +107,8 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
             scores[method.name] = _score(pair, side, reference, lungs, scoring)
             if side.left_out:
                 left_out[method.name] = side.left_out
+            if side.fingerprint:
+                fingerprints[method.name] = side.fingerprint
             if side.is_resampled:
                 resampled.append(method.name)
             counts = case_calibration(method, pair.case_id, reference.volume, scoring.view)
@@ -122,7 +129,7 @@ def score_pair(pair: Pair, scoring: Scoring) -> CaseReturn:
     found = {name: rows for name, rows in scores.items() if rows}
     if not found and problems.keys() == {""}:
         problems[""] = "there is neither a reference nor a prediction"
-    return _outcome(CaseScores(found, confusions, problems, tuple(resampled), left_out, calibrations))
+    return _outcome(CaseScores(found, confusions, problems, tuple(resampled), left_out, calibrations, fingerprints))
 
 
 def oracle_scores(pair: Pair, scoring: Scoring, namings: Mapping[str, OracleNaming]) -> CaseReturn:
@@ -261,9 +268,11 @@ def _from_store(store: Store, case_id: str, clustering: str, grid: Geometry | No
         artefact.require_input("volume.h5", volume.fingerprint)
         labels, _, _ = source_labels(volume, artefact.read("labels"))
         source = Geometry.from_dict(volume.provenance["source"]["grid"])
+        fingerprint = artefact.fingerprint
     if grid is None:
-        return Side(labels, source.spacing_mm)
-    return Side(resample_onto(labels, source, grid, kind="mask", fill=OUTSIDE), grid.spacing_mm)
+        return Side(labels, source.spacing_mm, fingerprint=fingerprint)
+    moved = resample_onto(labels, source, grid, kind="mask", fill=OUTSIDE)
+    return Side(moved, grid.spacing_mm, fingerprint=fingerprint)
 
 
 def _lungs(pair: Pair, scoring: Scoring, grid: Geometry) -> np.ndarray | None:

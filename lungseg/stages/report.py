@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ from lungseg.stages.case_maps import case_quantities, find_lobe_mask, read_lobes
 from lungseg.stages.cohort import DONE, FAILED, CaseReturn, StageResult, output_folder, run_cases
 from lungseg.stages.export import write_tables
 from lungseg.stages.pictures import MAX_PAGE_BYTES, WORST_PAIRS, stage_pictures
-from lungseg.stages.report_scores import read_agreement
+from lungseg.stages.report_scores import read_agreement, scores_of_other_maps
 from lungseg.store.atomic import write_bytes, write_text
 from lungseg.store.cases import Store
 from lungseg.store.reader import Artefact
 from lungseg.tissue import OUTSIDE
+
+log = logging.getLogger(__name__)
 
 FOLDERS = {"scores": "Evaluation", "model": "Training", "synthetic": "Synthesis"}
 """Folders beside the store, as `lungseg run` makes them, whose pictures the page shows."""
@@ -140,7 +143,18 @@ def report_pages(
     folder = output_folder(output)
     for part in ("cases", "previews"):
         output_folder(folder / part)
-    items = [(case_id, (quantities or {}).get(case_id), agreement.get(case_id)) for case_id in case_ids]
+    others: frozenset[str] = frozenset()
+    if agreement and beside.scores:
+        others = scores_of_other_maps(beside.scores, config.name, store, agreement)
+    if others:
+        log.warning("report: %d scans were scored with another map than theirs is now: %s is not shown for them, nor "
+                    "its pictures; run lungseg evaluate again", len(others), beside.scores)  # fmt: skip
+        beside = dataclasses.replace(beside, scores=None)
+    items = [
+        (case_id, (quantities or {}).get(case_id), None if case_id in others else agreement.get(case_id),
+         case_id in others)
+        for case_id in case_ids
+    ]  # fmt: skip
     outcomes = run_cases(
         _report_one, items, store, config, folder, lobe_mask,
         names=case_ids, title="report", execution=execution,
@@ -191,14 +205,14 @@ def _worst_pairs(beside: Beside, output: Path) -> str:
 
 
 def _report_one(
-    item: tuple[str, CaseQuantities | None, Agreement | None],
+    item: tuple[str, CaseQuantities | None, Agreement | None, bool],
     store: Store,
     config: ReportConfig,
     folder: Path,
     lobe_mask: Path | None,
 ) -> CaseReturn:
     """Write one scan's page and preview; gives back its summary."""
-    case_id, quantities, agreement = item
+    case_id, quantities, agreement, scored_another_map = item
     if not store.case_file(case_id, "labels", config.name).exists():
         return FAILED, f"no label map '{config.name}' yet: run lungseg refine {store.path}"
     with store.open(case_id, "volume") as volume, store.open(case_id, "labels", config.name) as artefact:
@@ -229,6 +243,7 @@ def _report_one(
         100.0 * doubtful / num_lung if num_lung else None,
         f"cases/{case_id}.html",
         agreement,
+        scored_another_map,
     )
     page = case_page(
         summary, stack, histogram=histogram, preview=preview, spacing_z_mm=spacing[0], provenance=made,

@@ -18,7 +18,7 @@ from lungseg.config.preprocess import PreprocessConfig
 from lungseg.config.presets import DEFAULT_PRESET, PRESETS, make_config
 from lungseg.config.refine import RefineConfig
 from lungseg.config.report import ReportConfig
-from lungseg.config.run import RunConfig
+from lungseg.config.run import AUTO_PRESET, RunConfig
 from lungseg.config.train_ddpm import TrainConfig
 from lungseg.diffusion.checkpoint import load_student, read_model_file
 from lungseg.errors import UsageError
@@ -88,8 +88,10 @@ def run(
         plan = plan_run(config, model=model)
     elif model is None and not train:
         log.info(
-            "run: no --model given: method %s, which needs none; --model starter takes the shipped network",
+            "run: no --model given: method %s, which needs none, on a grid of %g mm; --model starter takes the shipped "
+            "network",
             plan.cluster.method,
+            plan.preprocess.spacing_mm,
         )
     if train and not _needs_model(plan):
         raise UsageError(f"--train trains a model, which method {plan.cluster.method} of [cluster] does not use")
@@ -181,11 +183,11 @@ def plan_run(config: RunConfig, *, model: Path | None = None, train: bool = Fals
         For an unknown or impossible setting of any stage, or one that contradicts the model.
     """
     preset, dictated = config.preset, _dictated(find_model(model)) if model else {}
-    if model and config.preset == DEFAULT_PRESET:
-        preset = _preset_of(load_student(find_model(model)).config)
     free = model is None and not train
-    if free and config.preset == DEFAULT_PRESET:
-        preset = PRESET_WITHOUT_MODEL
+    if preset == AUTO_PRESET:
+        preset = PRESET_WITHOUT_MODEL if free else DEFAULT_PRESET
+        if model:
+            preset = _preset_of(load_student(find_model(model)).config)
 
     def make(cls: type[ConfigT], command: str, **values: Any) -> ConfigT:
         file_values = read_toml(Path(config.config), command) if config.config else {}

@@ -170,7 +170,7 @@ def test_run_hands_preset_and_file_to_its_stages(tmp_path: Path) -> None:
     assert (config.preset, config.config, config.salt) == ("tiny", file, "s")
     assert (execution.jobs, execution.interface) == (3, "cli")
     config, _ = make_configs(BY_NAME["run"], {"preset": None, "config": None, "salt": None}, {})
-    assert (config.preset, config.config) == ("lungseg", "")
+    assert (config.preset, config.config) == ("auto", "")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pipeline_fixture import QUIET, RADIOMICS, REFINE
 from lungseg.config import ClusterConfig, Execution, make_config
 from lungseg.config.cluster import METHODS, RADIOMICS_METHODS, STUDENT_METHODS, UNFITTED_METHODS, VOXEL_METHODS
 from lungseg.config.run import RunConfig
-from lungseg.errors import InputError, MismatchError, UsageError
+from lungseg.errors import InputError, LungsegError, MismatchError, UsageError
 from lungseg.segmentation.anchored import AnchoredFit
 from lungseg.stages.cluster import cluster
 from lungseg.stages.cluster_fit import block_scale
@@ -24,7 +24,7 @@ from lungseg.stages.cohort import StageResult
 from lungseg.stages.extract_radiomics import extract_radiomics
 from lungseg.stages.fits import load_fit
 from lungseg.stages.refine import refine
-from lungseg.stages.run import run
+from lungseg.stages.run import plan_dict, plan_run, run
 from lungseg.store.cases import Store
 from lungseg.store.schema import make_provenance, write_artefact
 from lungseg.tissue import MIXTURE_TISSUES, TISSUES
@@ -264,12 +264,34 @@ def test_thresholds_need_no_training_case(single: Single, tmp_path: Path) -> Non
         assert cluster(store, None, settings(method), execution=QUIET).complete() == ["case-0"]
 
 
+def test_what_fits_nothing_maps_the_next_scan_like_the_first(single: Single, tmp_path: Path) -> None:
+    """A scan added to a folder is no reason to map the others anew; settings are."""
+    store = single.copy(tmp_path / "store")
+    later = store / "cases" / OTHER
+    config = settings("rules")
+    clustered(store, single.model, config)
+    file = store / "cases" / CASE / "clusters.rules.h5"
+    before = file.stat().st_mtime_ns
+    shutil.copytree(store / "cases" / CASE, later, ignore=shutil.ignore_patterns("*.rules.h5"))
+    assert cluster(store, None, config, execution=QUIET).complete() == [CASE, OTHER]
+    assert file.stat().st_mtime_ns == before
+    assert (later / "clusters.rules.h5").exists()
+    described = json.loads((store / "fits" / "rules" / "clusters.json").read_text())["provenance"]
+    assert {CASE, OTHER} <= described["inputs"].keys()
+    with pytest.raises(LungsegError, match="naming_window: there"):
+        cluster(store, None, dataclasses.replace(config, naming_window=4), execution=QUIET)
+
+
 @pytest.mark.slow
 def test_run_needs_no_model_where_the_method_needs_none(manifest: Path, tmp_path: Path) -> None:
     toml = tmp_path / "rules.toml"
-    with pytest.raises(UsageError, match="no model given"):
-        run(None, tmp_path / "out", RunConfig(preset="tiny"), manifest=manifest, execution=QUIET)
-    assert not (tmp_path / "out").exists()
+    # nothing said: the rules; a method that needs a model takes the shipped one
+    plan = plan_run(RunConfig())
+    assert (plan.cluster.method, plan.refine.name, plan.preprocess.spacing_mm) == ("rules", "rules", 1.0)
+    assert plan_run(RunConfig(preset="lungseg")).preprocess.spacing_mm == 0.6  # said, so taken
+    assert plan_run(RunConfig(), train=True).preprocess.spacing_mm == 0.6
+    toml.write_text('[cluster]\nmethod = "diffseglung"\n')
+    assert plan_dict(RunConfig(config=str(toml)))["preprocess"]["spacing_mm"] == 1.0
     toml.write_text('[preprocess]\nspacing-mm = 2.0\n[cluster]\nmethod = "rules"\n')
     rules = RunConfig(preset="tiny", config=str(toml))
     with pytest.raises(UsageError, match="--train trains a model, which method rules"):

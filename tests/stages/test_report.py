@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from lungseg.cli.app import app
 from lungseg.config import Execution, RefineConfig, ReportConfig
 from lungseg.errors import InputError
 from lungseg.evaluation.score_files import read_cases_csv
+from lungseg.report.summary import OUTDATED_SCORES
 from lungseg.stages.refine import refine
 from lungseg.stages.report import Beside, report, report_pages
 from lungseg.store.cases import Store
@@ -102,6 +104,32 @@ def test_scores_of_another_map_are_refused_where_they_were_asked_for(copy: Path,
         report(copy / "store", tmp_path / "out", SMALL, pictures=[copy / "nowhere"], execution=QUIET)
     report(copy, tmp_path / "found", SMALL, execution=QUIET).require_complete()  # found, not asked for: passed over
     assert "Mean DSC" not in (tmp_path / "found" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_scores_of_an_earlier_map_are_not_shown(copy: Path, tmp_path: Path, *, is_recorded: bool) -> None:
+    first, second = Store(copy / "store").case_ids()
+    labels = Store(copy / "store").case_file(first, "labels", "diffseglung")
+    summary = copy / "scores" / "summary.json"
+    if is_recorded:  # the map is drawn anew, and its time says nothing
+        labels.unlink()
+        refine(copy / "store", RefineConfig(fusion="none"), execution=QUIET)  # the other one refuses: it is kept
+        os.utime(labels, (0, 0))
+    else:
+        found = json.loads(summary.read_text())
+        assert set(found.pop("map_fingerprints")["diffseglung"]) == {first, second}
+        summary.write_text(json.dumps(found))
+        os.utime(labels, ns=(2**62, 2**62))
+    report(copy, tmp_path / "out", SMALL, execution=QUIET).require_complete()
+    pages = {c: (tmp_path / "out" / "cases" / f"{c}.html").read_text(encoding="utf-8") for c in (first, second)}
+    assert OUTDATED_SCORES in pages[first]
+    assert "Against the reference" not in pages[first]
+    assert OUTDATED_SCORES not in pages[second]
+    assert "Against the reference" in pages[second]
+    index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert OUTDATED_SCORES in index
+    assert "Evaluation: worst cases" not in index
+    assert "worst.html" not in index
 
 
 def test_refine_prints_json_for_machines(finished: Path, tmp_path: Path) -> None:
