@@ -1,9 +1,10 @@
 """What label maps say of real scans of which something is known: densities, infected slices, two kernels of one scan.
 
-Run: ``python tests/benchmarks/real_scans_accuracy.py --shared-data DIR --work DIR [--method evidence]``. Stores are
-made under ``--work`` and kept. ``--method`` is ``evidence`` (tissue evidence of the scan alone), ``hu-thresholds``
-(literature cuts, median-filtered), or the name of a run whose ``labels.<name>.h5`` lie in those stores. Prints
-markdown. Labels of the data set are only compared with.
+Run: ``python tests/benchmarks/real_scans_accuracy.py --shared-data DIR --work DIR [--method rules]``. Stores are
+made under ``--work`` and kept. ``--method`` is ``rules`` (what ``lungseg run`` does without a model: ``cluster`` and
+``refine`` with their defaults, maps and pictures exported to ``--work``/results), ``evidence`` (the same evidence
+without the contours of ``refine``), ``hu-thresholds`` (literature cuts, median-filtered), or the name of a run whose
+``labels.<name>.h5`` lie in those stores. Prints markdown. Labels of the data set are only compared with.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ CELL_MM = 2.0
 KERNELS = ("B40f", "B70f")
 COMMON_SHARE = 0.05
 """A class counts in the comparison of kernels from this share of the lung in both (issue 9)."""
+DEFAULT_METHOD = "rules"
+"""What ``lungseg run`` does without a model."""
 FIBROSIS_HU = -500.0
 """Thresholds alone: ground glass below, fibrosis above (FEASIBILITY)."""
 
@@ -186,6 +189,15 @@ def make_store(scan: Path, place: Path, spacing_mm: float, *options: str) -> Non
     subprocess.run([*command, "--preset", "small", "--spacing-mm", str(spacing_mm), *options], check=True)
 
 
+def make_labels(place: Path) -> None:
+    """Label maps of the default method in a store, and what ``refine`` exports of them; what is there is kept."""
+    lungseg = [sys.executable, "-m", "lungseg.cli.app"]
+    name = ["--name", DEFAULT_METHOD, "--quiet"]
+    subprocess.run([*lungseg, "cluster", str(place), "--method", DEFAULT_METHOD, *name], check=True)
+    results = place.parent / "results" / place.name
+    subprocess.run([*lungseg, "refine", str(place), "--export", str(results), *name], check=True)
+
+
 def series_keys(folder: Path) -> dict[str, str]:
     """Kernel -> key of its series."""
     command = [sys.executable, "-m", "lungseg.cli.app", "preprocess", "--list", "--json", str(folder)]
@@ -198,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shared-data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--method", default="evidence")
+    parser.add_argument("--method", default=DEFAULT_METHOD)
     parser.add_argument("--spacing-mm", type=float, default=1.0)
     arguments = parser.parse_args()
     data, work = arguments.shared_data, arguments.work
@@ -211,13 +223,16 @@ def main() -> None:
         "--lung-mask",
         str(emphysema / "right_lung_mask.mha"),
     )
-    rows += emphysema_rows(read_scan(work / "elastix", arguments.method))
     make_store(data / "covid-p002" / "dicom", work / "covid", arguments.spacing_mm)
-    rows += infection_rows(read_scan(work / "covid", arguments.method), data / "covid-p002")
     folder = data / "lungdx-a0002" / "dicom"
     for kernel in KERNELS:
         if not (work / kernel / "store.json").exists():
             make_store(folder, work / kernel, arguments.spacing_mm, "--series", series_keys(folder)[kernel])
+    if arguments.method == DEFAULT_METHOD:
+        for name in ("elastix", "covid", *KERNELS):
+            make_labels(work / name)
+    rows += emphysema_rows(read_scan(work / "elastix", arguments.method))
+    rows += infection_rows(read_scan(work / "covid", arguments.method), data / "covid-p002")
     rows += kernel_rows({kernel: read_scan(work / kernel, arguments.method) for kernel in KERNELS})
     print("\n".join(rows))
 
