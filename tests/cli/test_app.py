@@ -288,4 +288,4 @@ def test_row_67_ascii_terminal_without_home(store: Path) -> None:
 def test_row_68_module_is_guarded_against_reimport(store: Path) -> None:
     """A spawned worker imports the program's modules again: that must not run a command."""
     done = program(code="import lungseg.cli.app, sys; print(len(lungseg.cli.app.COMMANDS))")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "14\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "16\n", "")

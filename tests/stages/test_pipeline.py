@@ -57,7 +57,7 @@ def test_every_stage_leaves_its_artefact(finished: Path) -> None:
         "quantification-wide.csv", "quantification.json", "tissues.ctbl", "tissues-itksnap.txt",
     }  # fmt: skip
     assert {path.name for path in (finished / "scores").iterdir()} == {
-        "cases.csv", "summary.json", "table.md", "table.tex", "boxplot.png", "worst.html",
+        "cases.csv", "calibration.csv", "summary.json", "table.md", "table.tex", "boxplot.png", "worst.html",
     }  # fmt: skip
     assert not store.leftovers()
     assert not list(finished.rglob("*.lock"))
