@@ -26,7 +26,7 @@ from pipeline_fixture import (
 import lungseg
 from lungseg.config import Execution
 from lungseg.diffusion.checkpoint import load_student
-from lungseg.errors import InputError, MismatchError, PartialError, UsageError
+from lungseg.errors import InputError, MismatchError, PartialError
 from lungseg.scan.nifti import read_image
 from lungseg.scan.sources import find_sources
 from lungseg.stages.cluster import cluster
@@ -331,11 +331,6 @@ def test_no_source_saves_the_space_and_leaves_densities_blank(finished: Path, ma
         rows = {row["metric"]: row for row in csv.DictReader(stream) if row["region"] == "whole"}
     assert rows["laa950_pct"]["value"] == ""
     assert float(rows["volume_ml"]["value"]) > 50
-
-
-def test_run_says_how_to_get_a_model(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--train"):
-        lungseg.run([manifest.parent / CASES[0]], tmp_path / "out", execution=QUIET)
 
 
 def test_lazy_namespace_has_every_stage() -> None:
