@@ -68,6 +68,9 @@ MIXTURE_TISSUES: tuple[Tissue, ...] = (
 
 LAA950_HU = -950.0
 """Low attenuation area, inclusive, inspiratory thin-section CT. Schroeder et al., AJR 2013 (COPDGene); CIP `LAA950`."""
+LAA_LOWEST_HU = -970.0
+"""The same area is never counted lower than this: the lowest of the cut points that agree best with pathology in
+multi-detector CT. Madani et al., Radiology 2006;238:1036 (-960 and -970 HU)."""
 LAA950_EMPHYSEMA_SHARE = 0.10
 """LAA-950 share above which tissue is emphysema: healthy mean 2.0 % + 3 SD of 2.7 %. Zach et al. 2012."""
 EMPHYSEMA_BELOW_HEALTHY_MODE_HU = 60.0
@@ -101,9 +104,11 @@ Noise and blur tie about 27 mm3 together: n is about 26 in the window of 2.5 mm 
 is coarser: about 10 for raised density, 3 in a cell of 2 mm."""
 PLAIN_BAND_HU = 60.0
 """Parenchyma this near to the scan's healthy mode is plain healthy lung: the distance that makes emphysema below it."""
-BUNDLE_PLAIN_SHARE = 0.2
-"""A piece of thin dense structure with this share of plain healthy lung between is a bundle of vessels, not fibrosis.
-Phantom-informed (validation phantoms 300-301: true pieces 0.01 to 0.17, bundles 0.17 to 0.46)."""
+BUNDLE_PLAIN_SHARE, BUNDLE_LOCAL_PLAIN_SHARE, BUNDLE_TUBENESS = 0.1, 0.15, 0.15
+"""Thin dense structure with this share of plain healthy lung between (in a whole piece, and around one place of it) and
+this mean tubeness is a bundle of vessels, not fibrosis. Phantom-informed (validation phantoms 300-305, 310-315:
+tubeness of fibrosis -0.03 to 0.15, in slices of 5 mm up to 0.27; of bundles 0.19 to 0.33; plain share of fibrosis 0.01
+to 0.17, with sharp kernels up to 0.26; of bundles 0.13 to 0.46)."""
 LEAST_THIN_SHARE = 0.03
 """The cut is never lower: a chance voxel in a window is no mesh. Our choice."""
 THIN_SHARE_ERROR = 0.33

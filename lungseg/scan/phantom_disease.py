@@ -113,6 +113,9 @@ def place_diseases(
             weights[tissue] = np.clip(0.5 - field / np.float32(2.0 * SOFTNESS[tissue]), 0.0, 1.0)
             labels[healthy & (field < 0)] = tissue
             free = lattice.lung & (labels[lattice.picks] == Tissue.HEALTHY)
+        if {Tissue.GGO, Tissue.EMPHYSEMA} <= weights.keys():
+            # The only one that chooses after another and is painted over it: the picture must show what the label says.
+            weights[Tissue.GGO] *= np.float32(1.0) - weights[Tissue.EMPHYSEMA]
     if nodules:
         for _ in range(int(rng.integers(*NUM_NODULES))):
             radius = float(np.exp(rng.uniform(*np.log(NODULE_RADIUS_MM)))) * chest.scale

@@ -13,7 +13,7 @@ import numpy as np
 from lungseg.errors import InputError, MismatchError
 from lungseg.scan.volume import Triple
 from lungseg.segmentation.lattice import bounding_region, lattice_shape
-from lungseg.tissue import DENSE_HU, HEALTHY_MODE_RANGE_HU, LAA950_HU, TISSUES, Tissue
+from lungseg.tissue import DENSE_HU, HEALTHY_MODE_RANGE_HU, LAA950_HU, PLAIN_BAND_HU, TISSUES, Tissue
 
 SMOOTHING_SIGMA_VOXELS = 1.0
 """Smoothing before voxels are counted: noise of 50 HU alone makes 2 % false LAA-950 (METHOD 1.6 and 6)."""
@@ -26,6 +26,10 @@ HISTOGRAM_SIGMA_BINS = 2.0
 """The mode is looked for in a histogram of 5 HU bins smoothed by 10 HU: noise has no say, our choice."""
 MODE_MINIMUM_SHARE = 0.01
 """With a smaller share of the lung in the healthy band there is no healthy mode to find: our choice."""
+PROFILE_MINIMUM_VOXELS = 200
+"""Rows with fewer voxels of healthy parenchyma have no median to speak of: our choice."""
+STEEPEST_HU_PER_MM = 1.0
+"""200 HU (METHOD 6) over the 200 mm of a lung from front to back."""
 CHUNK_VALUES = 4_000_000
 """Voxels of token windows gathered at once (16 MB float32 each array)."""
 
@@ -151,6 +155,50 @@ def healthy_mode_hu(smoothed_hu: np.ndarray, mask: np.ndarray) -> float:
     if not candidates.size:
         return prototype
     return float(centres[candidates[np.argmax(smooth[candidates])]])
+
+
+def healthy_profile_hu(
+    smoothed_hu: np.ndarray, parenchyma: np.ndarray, mode_hu: float, spacing_mm: Triple
+) -> np.ndarray:
+    """HU of the scan's healthy lung in each row from front to back: gravity makes dependent lung denser.
+
+    A straight line through the healthy mode, fitted to the medians of the rows over the parenchyma that is about as
+    dense as that mode. Prone scans have the opposite slope.
+
+    Parameters
+    ----------
+    smoothed_hu : array, shape (Z, Y, X)
+        HU, from ``smooth_hu``.
+    parenchyma : bool array, shape (Z, Y, X)
+        Lung without vessels, walls and dense bodies.
+    mode_hu : float
+        From :func:`healthy_mode_hu`.
+    spacing_mm : three floats
+        Voxel spacing (z, y, x).
+
+    Returns
+    -------
+    float32 array, shape (Y,)
+        HU; the mode everywhere if fewer than three rows have enough such parenchyma.
+
+    Source
+    ------
+    METHOD 6 (up to 200 HU from front to back); the fit is ours.
+    """
+    plain = parenchyma & (np.abs(smoothed_hu - mode_hu) < PLAIN_BAND_HU)
+    counts = plain.sum(axis=(0, 2))
+    rows = np.flatnonzero(counts >= PROFILE_MINIMUM_VOXELS)
+    profile = np.full(smoothed_hu.shape[1], mode_hu, dtype=np.float32)
+    if rows.size < 3:
+        return profile
+    medians = np.asarray([np.median(smoothed_hu[:, row][plain[:, row]]) for row in rows], dtype=np.float64)
+    weights, y_mm = counts[rows].astype(np.float64), rows * float(spacing_mm[1])
+    middle = np.average(y_mm, weights=weights)
+    rise = (y_mm - middle) * (medians - np.average(medians, weights=weights))
+    slope = np.average(rise, weights=weights) / np.average((y_mm - middle) ** 2, weights=weights)
+    slope = float(np.clip(slope, -STEEPEST_HU_PER_MM, STEEPEST_HU_PER_MM))
+    profile += np.float32(slope) * (np.arange(profile.size) * spacing_mm[1] - middle).astype(np.float32)
+    return profile
 
 
 def local_sd(

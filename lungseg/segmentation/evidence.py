@@ -1,24 +1,27 @@
 """Evidence of each tissue everywhere in the lung, from its HU alone: no model, no fit, no labels.
 
 What spoils plain statistics of small windows is taken out before anything is counted (FEASIBILITY, failure modes 2
-and 3): bodies of dense lung with the partial-volume shell around them, the rim of the lung mask, and thin dense
-structures (vessels, airway walls, septa), which are counted by themselves. The rest is parenchyma: its density and
-its low attenuation share say healthy, ground glass or emphysema; much thin dense structure says fibrosis.
+and 3): bodies of dense lung with the partial-volume shell around them, vessels of the hila, the rim of the lung mask,
+and thin dense structures (vessels, airway walls, septa), which are counted by themselves. The rest is parenchyma: its
+density and its low attenuation share, against the scan's healthy lung at that height above the couch, say healthy,
+ground glass or emphysema; much thin dense structure says fibrosis, unless it is round and lies in healthy lung.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lungseg import tissue as cut
 from lungseg.errors import InputError
 from lungseg.scan.volume import Triple
-from lungseg.segmentation.density import healthy_mode_hu, local_sd, smooth_hu
+from lungseg.segmentation.density import healthy_mode_hu, healthy_profile_hu, local_sd, smooth_hu
+from lungseg.segmentation.hila import hilar_vessels
 from lungseg.segmentation.lattice import bounding_region, lattice_shape
+from lungseg.segmentation.tubes import tubeness
 from lungseg.tissue import MIXTURE_TISSUES, TISSUES, Tissue
 
 SMOOTHING_MM = 0.6
@@ -29,9 +32,10 @@ the septa of a mesh of 3 to 5 mm (METHOD 0.5), are narrower. Phantom-informed (5
 QUIET_NOISE_HU = 40.0
 """Noisier scans are smoothed more before low attenuation is counted, down to this noise (METHOD 6, 7.13).
 Phantom-informed (validation phantoms 312 and 314: 25 loses emphysema, none invents it in healthy lung)."""
-SHELL_MM = 2.0
+SHELL_MM, RIND_MM = 2.0, 1.0
 """Partial volume reaches this far: around a dense body and inside the lung's rim. About two blurs of 0.6 to 0.8 mm and
-half a slice: our choice."""
+half a slice: our choice. For thin structures and texture the rim is 1 mm: fibrosis begins at the pleura, and partial
+volume makes a rim look like ground glass, not like septa (validation phantoms 300-305: fibrosis +1.4)."""
 DENSITY_SIGMA_MM, SHARE_SIGMA_MM, BROAD_SIGMA_MM = 2.5, 4.0, 6.0
 """Gaussian windows of density and low attenuation, of thin structures and texture, and of the surroundings. 2.5 mm
 weighs about 9 mm of lung, 4 mm about 14 mm (one to two secondary lobules). Phantom-informed: for low attenuation both
@@ -42,6 +46,9 @@ FINE_CELL = 2
 """Edge of the cells, in voxels, that evidence is counted in; coarser lattices take their mean. 1 gains nothing."""
 MARGIN_VOXELS = 3
 """Around the lung: what lies outside is seen by the opening at the rim."""
+BUNDLE_SIGMA_MM = 8.0
+"""Window in which bundles of vessels are looked for that touch fibrosis: about 28 mm of lung, as wide as a bundle.
+Phantom-informed (6 mm gives the same)."""
 MINIMUM_WEIGHT = 1e-6
 """Weight of the window below which nothing is known: float32 rounding."""
 
@@ -55,9 +62,9 @@ class DenseStatistics:
     body_share: np.ndarray
     """0 to 1: lung voxels of the cell that belong to a dense body."""
     raised_share: np.ndarray
-    """0 to 1: parenchyma denser than halfway from the scan's healthy mode to ground glass."""
-    laa950_share: np.ndarray
-    """0 to 1: parenchyma at or below -950 HU."""
+    """0 to 1: parenchyma denser than halfway from the scan's healthy lung there to ground glass."""
+    low_share: np.ndarray
+    """0 to 1: low attenuation area of the parenchyma: at or below -950 HU, and 60 HU below healthy lung there."""
     thin_share: np.ndarray
     """0 to 1: thin dense structures, of all that is no dense body."""
     texture_hu: np.ndarray
@@ -68,6 +75,10 @@ class DenseStatistics:
     """0 to 1: lung voxels of the cell that are neither body nor thin structure."""
     plain_share: np.ndarray
     """0 to 1: lung voxels of the cell that are such parenchyma, and as dense as the scan's healthy lung."""
+    thin_here: np.ndarray
+    """0 to 1: lung voxels of the cell that are thin dense structure."""
+    round_here: np.ndarray
+    """Sum of their tubeness (`tubes.py`) over the lung voxels of the cell."""
     healthy_mode_hu: float
     """HU: the scan's healthy mode."""
     healthy_texture_hu: float
@@ -78,6 +89,8 @@ class DenseStatistics:
     """HU: the noise that was taken off the texture."""
     lattice: tuple[int, int, int]
     """Shape of the lattice."""
+    cell_mm: Triple
+    """Edges of a cell (z, y, x)."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -123,15 +136,18 @@ def dense_statistics(
     if volume_hu.shape != mask.shape or mask.dtype != np.bool_:
         raise InputError(f"volume of shape {volume_hu.shape} and mask of shape {mask.shape}, {mask.dtype} do not fit")
     lattice = lattice_shape(mask.shape, cell)
+    cell_mm = (cell * spacing_mm[0], cell * spacing_mm[1], cell * spacing_mm[2])
     if not mask.any():
-        return _nothing(lattice)
+        return _nothing(lattice, cell_mm)
     region = _aligned(bounding_region(mask, margin=MARGIN_VOXELS), cell)
     hu, lung = volume_hu[region], mask[region]
     smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
     mode = healthy_mode_hu(smoothed, lung)
-    raised_above = (mode + _prototype(Tissue.GGO)) / 2.0
-    body, thin, weight = _anatomy(smoothed, lung, spacing_mm)
+    body, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
     free = lung & ~body & (weight == 1.0)
+    healthy = healthy_profile_hu(smoothed, free & ~thin, mode, spacing_mm)[:, None]
+    raised_above = (healthy + np.float32(_prototype(Tissue.GGO))) / np.float32(2.0)
+    hole_below = np.clip(healthy - np.float32(cut.EMPHYSEMA_BELOW_HEALTHY_MODE_HU), cut.LAA_LOWEST_HU, cut.LAA950_HU)
     texture, noise = _texture(hu, smoothed, lung & ~body, free & ~thin, spacing_mm)
     parenchyma = np.where(thin, np.float32(0.0), weight)
     quiet = smoothed
@@ -143,14 +159,16 @@ def dense_statistics(
     columns = {
         "body_share": pool.cells(body),
         "raised_share": pool.mean(smoothed > raised_above, parenchyma, DENSITY_SIGMA_MM),
-        "laa950_share": pool.mean(quiet <= cut.LAA950_HU, parenchyma, DENSITY_SIGMA_MM),
-        "thin_share": pool.mean(thin, weight, SHARE_SIGMA_MM),
-        "texture_hu": pool.mean(texture, weight, SHARE_SIGMA_MM),
-        "broad_mean_hu": pool.mean(smoothed - np.float32(mode), weight, BROAD_SIGMA_MM) + np.float32(mode),
+        "low_share": pool.mean(quiet <= hole_below, parenchyma, DENSITY_SIGMA_MM),
+        "thin_share": pool.mean(thin, rind_weight, SHARE_SIGMA_MM),
+        "texture_hu": pool.mean(texture, rind_weight, SHARE_SIGMA_MM),
+        "broad_mean_hu": pool.mean(smoothed - np.float32(mode), rind_weight, BROAD_SIGMA_MM) + np.float32(mode),
         "parenchyma_share": pool.cells(lung & ~body & ~thin),
-        "plain_share": pool.cells(lung & ~body & ~thin & (np.abs(smoothed - mode) < cut.PLAIN_BAND_HU)),
+        "plain_share": pool.cells(lung & ~body & ~thin & (np.abs(smoothed - healthy) < cut.PLAIN_BAND_HU)),
+        "thin_here": pool.cells(thin * weight),
+        "round_here": pool.cells(tubeness(hu, lung, thin, spacing_mm=spacing_mm) * weight),
     }
-    plain = (columns["raised_share"] < 0.5) & (columns["laa950_share"] < cut.LAA950_EMPHYSEMA_SHARE)
+    plain = (columns["raised_share"] < 0.5) & (columns["low_share"] < cut.LAA950_EMPHYSEMA_SHARE)
     plain &= columns["body_share"] < 0.5
     own = float(np.median(columns["texture_hu"][plain])) if plain.any() else float("nan")
     own_thin = float(np.mean(columns["thin_share"][plain])) if plain.any() else float("nan")
@@ -163,6 +181,7 @@ def dense_statistics(
         healthy_thin_share=own_thin,
         noise_hu=noise,
         lattice=lattice,
+        cell_mm=cell_mm,
     )
 
 
@@ -170,7 +189,7 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
     """Probability of each tissue at each cell: rules with soft cut points, none of them fitted to labels.
 
     1. Consolidation: the cell lies in a dense body.
-    2. Else emphysema: the LAA-950 share of the parenchyma around is at least 10 %.
+    2. Else emphysema: the low attenuation share of the parenchyma around is at least 10 %.
     3. Else fibrosis: thin dense structure is above 15 % or twice that of the scan's own healthy lung, texture above
        120 HU or twice that of the healthy lung (the lower of both counts), and the surroundings denser than healthy.
     4. Else ground glass: more than half of the parenchyma is denser than halfway between the scan's healthy mode and
@@ -198,7 +217,7 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
     thin_cut = max(float(thin_cut), cut.LEAST_THIN_SHARE)
     raised_above = (stats.healthy_mode_hu + _prototype(Tissue.GGO)) / 2.0
     dense = _step(stats.body_share, 0.5, cut.BODY_SHARE_ERROR)
-    emphysema = _step(stats.laa950_share, cut.LAA950_EMPHYSEMA_SHARE, cut.LAA950_SHARE_ERROR)
+    emphysema = _step(stats.low_share, cut.LAA950_EMPHYSEMA_SHARE, cut.LAA950_SHARE_ERROR)
     # All three must hold: the weakest decides, so that a sure two cannot make up for a missing third.
     fibrosis = np.minimum.reduce([
         _step(stats.thin_share, thin_cut, thin_cut * cut.THIN_SHARE_ERROR),
@@ -221,9 +240,11 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
 def without_bundles(stats: DenseStatistics, probabilities: np.ndarray) -> np.ndarray:
     """The probabilities with no fibrosis in bundles of vessels and airways, which are as thin and as dense.
 
-    What lies between the septa of fibrosis is abnormal too; between the vessels of a hilum lies healthy lung. So a
-    connected piece of cells whose likeliest tissue is fibrosis keeps it only if less than a fifth of its parenchyma is
-    as dense as the scan's healthy lung; else it is healthy. The cysts of honeycombs are thinner and do not count.
+    Two signs must meet: healthy lung lies between the structures (what lies between the septa of fibrosis is abnormal
+    too), and they are round rather than flat. They are looked for in whole connected pieces of cells whose likeliest
+    tissue is fibrosis, and then around each cell that is left, for bundles that touch true fibrosis. Either becomes
+    healthy. One sign is not enough: sharp kernels darken what lies between septa down to healthy lung, and thick slices
+    make septa round.
 
     Parameters
     ----------
@@ -241,16 +262,35 @@ def without_bundles(stats: DenseStatistics, probabilities: np.ndarray) -> np.nda
     ------
     FEASIBILITY failure mode 2; the rule is ours.
     """
-    from scipy.ndimage import label
+    from scipy.ndimage import gaussian_filter, label
 
-    fibrosis = MIXTURE_TISSUES.index(Tissue.FIBROSIS)
-    likeliest = probabilities.argmax(axis=1) == fibrosis
-    cells = np.zeros(stats.lattice, dtype=bool)
-    cells[tuple(stats.index[likeliest].T)] = True
-    piece = label(cells, structure=np.ones((3, 3, 3)))[0][tuple(stats.index.T)]
-    plain, parenchyma = (np.bincount(piece, weights=w) for w in (stats.plain_share, stats.parenchyma_share))
-    bundle = plain >= cut.BUNDLE_PLAIN_SHARE * np.maximum(parenchyma, MINIMUM_WEIGHT)
-    taken = likeliest & bundle[piece]
+    fibrosis, place = MIXTURE_TISSUES.index(Tissue.FIBROSIS), tuple(stats.index.T)
+    left = probabilities.argmax(axis=1) == fibrosis
+    taken = np.zeros_like(left)
+
+    def on_lattice(values: np.ndarray) -> np.ndarray:
+        grid = np.zeros(stats.lattice, dtype=np.float32)
+        grid[place] = values
+        return grid
+
+    def in_piece(values: np.ndarray) -> np.ndarray:
+        return np.bincount(piece, weights=values)[piece]
+
+    def around(values: np.ndarray) -> np.ndarray:
+        smooth: np.ndarray = gaussian_filter(on_lattice(values), sigma, mode="constant", truncate=3.0)[place]
+        return smooth
+
+    piece = label(on_lattice(left) > 0, structure=np.ones((3, 3, 3)))[0][place]
+    sigma = [BUNDLE_SIGMA_MM / size for size in stats.cell_mm]
+    for gather, plain_share in ((in_piece, cut.BUNDLE_PLAIN_SHARE), (around, cut.BUNDLE_LOCAL_PLAIN_SHARE)):
+        plain, parenchyma, round_, thin = (
+            gather(values * left)
+            for values in (stats.plain_share, stats.parenchyma_share, stats.round_here, stats.thin_here)
+        )
+        bundle = plain >= plain_share * np.maximum(parenchyma, MINIMUM_WEIGHT)
+        bundle &= round_ >= cut.BUNDLE_TUBENESS * np.maximum(thin, MINIMUM_WEIGHT)
+        taken |= left & bundle
+        left &= ~bundle
     result = probabilities.astype(np.float32)
     result[taken, MIXTURE_TISSUES.index(Tissue.HEALTHY)] += result[taken, fibrosis]
     result[taken, fibrosis] = 0.0
@@ -303,17 +343,29 @@ def cell_evidence(volume_hu: np.ndarray, mask: np.ndarray, *, cell: int, spacing
     return shares / np.maximum(counts, np.float32(1.0))
 
 
-def _nothing(lattice: tuple[int, int, int]) -> DenseStatistics:
+def _nothing(lattice: tuple[int, int, int], cell_mm: Triple) -> DenseStatistics:
     """Of a volume without lung."""
     none, unknown = np.zeros(0, dtype=np.float32), float("nan")
     index = np.zeros((0, 3), dtype=np.int32)
-    return DenseStatistics(
-        index, none, none, none, none, none, none, none, none, unknown, unknown, unknown, unknown, lattice
-    )  # fmt: skip
+    columns = (none,) * 10
+    return DenseStatistics(index, *columns, unknown, unknown, unknown, unknown, lattice, cell_mm)
 
 
-def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Dense bodies, thin dense structures (both bool) and the weight of each voxel that is no body (float32)."""
+class _Anatomy(NamedTuple):
+    """What the voxels of a lung are."""
+
+    body: np.ndarray
+    """bool: dense bodies."""
+    thin: np.ndarray
+    """bool: thin dense structures."""
+    weight: np.ndarray
+    """float32: what a voxel that is neither body nor hilar vessel says about density, 0 to 1."""
+    rind_weight: np.ndarray
+    """float32: the same about thin structures and texture, which begin nearer to the pleura."""
+
+
+def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> _Anatomy:
+    """Bodies, thin structures and weights."""
     from scipy.ndimage import binary_dilation, binary_erosion, maximum_filter, minimum_filter
 
     edge = [max(2 * round((OPENING_MM / s - 1.0) / 2.0) + 1, 3) for s in spacing_mm]  # odd
@@ -323,22 +375,29 @@ def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> tupl
     dense = lung & (smoothed > cut.DENSE_BODY_HU)
     body = dense & (opened > cut.DENSE_BODY_HU)
     # The opening rounds a body's corners off: they are grown back, over dense lung only.
-    body = _reach(body, spacing_mm, binary_dilation, mask=dense)
+    body = _reach(body, SHELL_MM, spacing_mm, binary_dilation, mask=dense)
     opened = maximum_filter(minimum_filter(np.where(lung, smoothed, np.float32(100.0)), edge), edge)
-    spare = _reach(body, spacing_mm, binary_dilation) | ~_reach(lung, spacing_mm, binary_erosion, border_value=1)
-    weight = np.where(spare, np.float32(SPARE_WEIGHT), np.float32(1.0))
-    weight[~lung | body] = 0.0
+    shell = _reach(body, SHELL_MM, spacing_mm, binary_dilation)
+    weights = []
+    for rim_mm in (SHELL_MM, RIND_MM):
+        spare = shell | ~_reach(lung, rim_mm, spacing_mm, binary_erosion, border_value=1)
+        weight = np.where(spare, np.float32(SPARE_WEIGHT), np.float32(1.0))
+        weight[~lung | body] = 0.0
+        weights.append(weight)
     contrast = smoothed - opened
-    aerated = contrast[(weight == 1.0) & (smoothed <= cut.HEALTHY_MEDIAN_HU)]
+    aerated = contrast[(weights[0] == 1.0) & (smoothed <= cut.HEALTHY_MEDIAN_HU)]
     # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
     floor = float(np.median(aerated)) if aerated.size else 0.0
     thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
-    return body, thin, weight
+    # Vessels of the hila have no weight either, but they are no body: the lung around them says what they lie in.
+    return _Anatomy(body & ~hilar_vessels(body, lung, spacing_mm=spacing_mm), thin, *weights)
 
 
-def _reach(region: np.ndarray, spacing_mm: Triple, operation: Callable[..., np.ndarray], **options: Any) -> np.ndarray:
-    """A mask dilated or eroded by ``SHELL_MM``."""
-    steps = max(1, round(SHELL_MM / float(np.exp(np.mean(np.log(spacing_mm))))))
+def _reach(
+    region: np.ndarray, width_mm: float, spacing_mm: Triple, operation: Callable[..., np.ndarray], **options: Any
+) -> np.ndarray:
+    """A mask dilated or eroded by a width."""
+    steps = max(1, round(width_mm / float(np.exp(np.mean(np.log(spacing_mm))))))
     return operation(region, iterations=steps, **options)
 
 

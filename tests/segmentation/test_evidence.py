@@ -29,12 +29,14 @@ def _statistics(**given) -> DenseStatistics:
     plain = {
         "body_share": 0.0,
         "raised_share": 0.0,
-        "laa950_share": 0.0,
+        "low_share": 0.0,
         "thin_share": 0.05,
         "texture_hu": 40.0,
         "broad_mean_hu": -840.0,
         "parenchyma_share": 0.9,
         "plain_share": 0.8,
+        "thin_here": 0.05,
+        "round_here": 0.02,
     }
     columns = {name: np.full(1, given.get(name, value), dtype=np.float32) for name, value in plain.items()}
     return DenseStatistics(
@@ -45,6 +47,7 @@ def _statistics(**given) -> DenseStatistics:
         healthy_thin_share=given.get("healthy_thin_share", 0.08),
         noise_hu=20.0,
         lattice=(1, 1, 1),
+        cell_mm=(2.0, 2.0, 2.0),
     )
 
 
@@ -55,11 +58,11 @@ FIBROSIS = {"thin_share": 0.2, "texture_hu": 140.0, "broad_mean_hu": -600.0, "ra
     ("given", "expected"),
     [
         ({}, Tissue.HEALTHY),
-        ({"laa950_share": 0.09}, Tissue.HEALTHY),
-        ({"laa950_share": 0.11}, Tissue.EMPHYSEMA),
+        ({"low_share": 0.09}, Tissue.HEALTHY),
+        ({"low_share": 0.11}, Tissue.EMPHYSEMA),
         ({"raised_share": 0.49}, Tissue.HEALTHY),
         ({"raised_share": 0.51}, Tissue.GGO),
-        ({"body_share": 0.51, "laa950_share": 0.2}, Tissue.CONSOLIDATION),
+        ({"body_share": 0.51, "low_share": 0.2}, Tissue.CONSOLIDATION),
         (FIBROSIS, Tissue.FIBROSIS),
         # Each of the three alone takes fibrosis back.
         ({**FIBROSIS, "thin_share": 0.14}, Tissue.GGO),
@@ -92,7 +95,7 @@ def test_rules_at_their_cut_points(given, expected):
 
 def test_probability_is_a_half_at_the_cut_and_sure_far_from_it():
     def emphysema(share):
-        probabilities = tissue_probabilities(_statistics(laa950_share=share))[0]
+        probabilities = tissue_probabilities(_statistics(low_share=share))[0]
         return probabilities[1] / (1.0 - probabilities[4])  # given that it is no dense body
 
     assert emphysema(0.10) == pytest.approx(0.5, abs=1e-5)
@@ -154,7 +157,7 @@ def test_a_thick_slice_keeps_its_geometry():
     thick_hu = fixture.volume_hu.reshape(-1, 2, *fixture.mask.shape[1:]).mean(axis=1)
     thick = dense_statistics(thick_hu, fixture.mask[::2], cell=CELL, spacing_mm=(2.0, 1.0, 1.0))
     assert thick.body_share.mean() == pytest.approx(fine.body_share.mean(), rel=0.2)
-    assert thick.laa950_share.mean() == pytest.approx(fine.laa950_share.mean(), rel=0.2)
+    assert thick.low_share.mean() == pytest.approx(fine.low_share.mean(), rel=0.2)
     assert thick.raised_share.mean() == pytest.approx(fine.raised_share.mean(), rel=0.2)
 
 
@@ -172,25 +175,63 @@ def test_coarse_cells_take_the_mean_of_the_fine_ones_with_lung():
         np.testing.assert_allclose(shares[:, *site], fine[members].mean(axis=0), atol=1e-5)
 
 
-def test_a_bundle_of_vessels_is_no_fibrosis_and_a_mesh_stays():
-    """Two pieces of the same thin structure, healthy lung between the one's and raised lung between the other's."""
-    index = np.argwhere(np.ones((9, 4, 4), dtype=bool))
-    index = index[(index[:, 0] < 4) | (index[:, 0] > 4)]
+def _two_pieces(plain_share, tubeness, gap=True):
+    """Two pieces of thin structure in a row (z), with their shares of plain lung and their tubeness."""
+    index = np.argwhere(np.ones((25, 6, 6), dtype=bool))
+    first = index[:, 0] < 12
+    if gap:
+        first, index = first[index[:, 0] != 12], index[index[:, 0] != 12]
     one = np.ones(len(index), dtype=np.float32)
+    columns = {"body_share": 0.0, "low_share": 0.0, **FIBROSIS, "parenchyma_share": 0.6, "thin_here": 0.3}
     stats = dataclasses.replace(
         _statistics(**FIBROSIS),
         index=index.astype(np.int32),
-        **{name: one * value for name, value in {"body_share": 0.0, "laa950_share": 0.0, **FIBROSIS}.items()},
-        parenchyma_share=one * 0.6,
-        plain_share=np.where(index[:, 0] < 4, 0.6 * 0.25, 0.6 * 0.15).astype(np.float32),
-        lattice=(9, 4, 4),
+        **{name: one * value for name, value in columns.items()},
+        plain_share=np.where(first, *(0.6 * share for share in plain_share)).astype(np.float32),
+        round_here=np.where(first, *(0.3 * ratio for ratio in tubeness)).astype(np.float32),
+        lattice=(25, 6, 6),
     )
+    return stats, first
+
+
+@pytest.mark.parametrize(
+    ("plain_share", "tubeness", "taken"),
+    [(0.25, 0.25, True), (0.12, 0.16, True), (0.08, 0.25, False), (0.25, 0.1, False)],
+)
+def test_a_bundle_of_vessels_is_no_fibrosis_and_a_mesh_stays(plain_share, tubeness, taken):
+    """Vessels are round and lie in healthy lung; either alone is no sign (sharp kernels, thick slices)."""
+    stats, first = _two_pieces((plain_share, 0.05), (tubeness, 0.05))
     before = tissue_probabilities(stats)
     after = without_bundles(stats, before)
     assert {MIXTURE_TISSUES[k] for k in before.argmax(axis=1)} == {Tissue.FIBROSIS}
-    assert {MIXTURE_TISSUES[k] for k in after[index[:, 0] < 4].argmax(axis=1)} == {Tissue.HEALTHY}
-    np.testing.assert_array_equal(after[index[:, 0] > 4], before[index[:, 0] > 4])
+    expected = {Tissue.HEALTHY if taken else Tissue.FIBROSIS}
+    assert {MIXTURE_TISSUES[k] for k in after[first].argmax(axis=1)} == expected
+    np.testing.assert_array_equal(after[~first], before[~first])
     np.testing.assert_allclose(after.sum(axis=1), 1.0, atol=1e-6)
+
+
+def test_a_bundle_that_touches_fibrosis_is_taken_off_it():
+    stats, _ = _two_pieces((0.3, 0.0), (0.3, 0.0), gap=False)
+    # Together the piece is too flat to be a bundle.
+    stats = dataclasses.replace(stats, plain_share=np.where(stats.index[:, 0] < 12, 0.17, 0.0).astype(np.float32))
+    stats = dataclasses.replace(stats, round_here=np.where(stats.index[:, 0] < 12, 0.08, 0.0).astype(np.float32))
+    after = without_bundles(stats, tissue_probabilities(stats)).argmax(axis=1)
+    assert {MIXTURE_TISSUES[k] for k in after[stats.index[:, 0] < 8]} == {Tissue.HEALTHY}
+    assert {MIXTURE_TISSUES[k] for k in after[stats.index[:, 0] > 16]} == {Tissue.FIBROSIS}
+
+
+@pytest.mark.parametrize(("breath_hu", "gravity_hu"), [(0.0, 80.0), (-45.0, 80.0), (-45.0, -80.0)])
+def test_breath_and_gravity_make_no_emphysema(breath_hu, gravity_hu):
+    """Healthy lung in deep inspiration, supine or prone: the upper side lies near -950 HU."""
+    rng = np.random.default_rng(5)
+    shape = (40, 100, 40)
+    height = np.linspace(-0.5, 0.5, shape[1])[None, :, None]
+    volume = -860.0 + breath_hu + gravity_hu * height + rng.normal(0.0, 40.0, shape)
+    mask = np.zeros(shape, dtype=bool)
+    mask[4:-4, 4:-4, 4:-4] = True
+    stats = dense_statistics(np.round(volume).astype(np.int16), mask, cell=CELL, spacing_mm=SPACING_MM)
+    diseased = tissue_probabilities(stats).argmax(axis=1) > 0
+    assert diseased.mean() < 0.02
 
 
 def test_nothing_and_nonsense():
