@@ -58,8 +58,9 @@ def tubeness(volume_hu: np.ndarray, mask: np.ndarray, thin: np.ndarray, *, spaci
     region = bounding_region(thin, margin=int(np.ceil(4.0 * max(sigma))))
     inside, chosen = mask[region], thin[region]
     hu = volume_hu[region].astype(np.float32)
-    # The chest wall would be the strongest sheet of all.
-    hu[~inside] = np.median(hu[inside])
+    # The chest wall would be the strongest sheet of all. Centred: float32 would lose small curvatures to rounding.
+    hu -= np.median(hu[inside])
+    hu[~inside] = 0.0
     hessian = np.empty((int(chosen.sum()), 3, 3), dtype=np.float32)
     for a in range(3):
         for b in range(a, 3):

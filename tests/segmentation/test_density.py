@@ -8,7 +8,15 @@ from scipy.ndimage import gaussian_filter
 from tissue_fixture import SPACING_MM, make_fixture
 
 from lungseg.errors import InputError, MismatchError
-from lungseg.segmentation.density import healthy_mode_hu, local_sd, smooth_hu, texture_hu, token_statistics
+from lungseg.segmentation.density import (
+    STEEPEST_HU_PER_MM,
+    healthy_mode_hu,
+    healthy_profile_hu,
+    local_sd,
+    smooth_hu,
+    texture_hu,
+    token_statistics,
+)
 from lungseg.segmentation.lattice import token_mask_fraction
 from lungseg.tissue import TISSUES, Tissue
 
@@ -130,3 +138,29 @@ def test_token_statistics_of_nothing_and_of_nonsense():
         token_statistics(volume, ~empty, np.array([[2, 0, 0]]), **options)
     with pytest.raises(InputError, match="bool"):
         token_statistics(volume, np.ones(volume.shape, dtype=np.uint8), np.array([[0, 0, 0]]), **options)
+
+
+def _sloped(slope_hu_per_mm, row_mm=2.0):
+    rng = np.random.default_rng(3)
+    y_mm = (np.arange(80) - 39.5) * row_mm
+    return -860.0 + slope_hu_per_mm * y_mm[None, :, None] + rng.normal(0, 20, (30, 80, 30)), y_mm
+
+
+@pytest.mark.parametrize("slope", [0.5, 0.0, -0.5])
+def test_healthy_profile_follows_gravity_past_disease(slope):
+    volume, y_mm = _sloped(slope)
+    volume[:12, 40:] = -600.0  # dependent ground glass
+    volume[18:, :30, :10] = -980.0  # holes in front
+    profile = healthy_profile_hu(volume, np.ones(volume.shape, dtype=bool), -860.0, (1.0, 2.0, 1.0))
+    assert profile.shape == (80,)
+    assert profile.dtype == np.float32
+    np.testing.assert_allclose(profile, -860.0 + slope * y_mm, atol=12.0)
+
+
+def test_healthy_profile_is_the_mode_where_nothing_can_be_fitted_and_never_steeper_than_lungs_are():
+    volume, _ = _sloped(0.5)
+    nothing = healthy_profile_hu(volume, np.zeros(volume.shape, dtype=bool), -870.0, (1.0, 2.0, 1.0))
+    np.testing.assert_array_equal(nothing, np.full(80, -870.0, dtype=np.float32))
+    steep, _ = _sloped(3.0, row_mm=0.5)  # 3 HU/mm over 40 mm
+    profile = healthy_profile_hu(steep, np.ones(steep.shape, dtype=bool), -860.0, (1.0, 0.5, 1.0))
+    np.testing.assert_allclose(np.diff(profile), STEEPEST_HU_PER_MM * 0.5, rtol=1e-3)
