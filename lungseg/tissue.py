@@ -103,7 +103,7 @@ BODY_SHARE_ERROR, LAA950_SHARE_ERROR, RAISED_SHARE_ERROR = 0.3, 0.06, 0.15
 Noise and blur tie about 27 mm3 together: n is about 26 in the window of 2.5 mm (6 % at a share of 10 %); lung structure
 is coarser: about 10 for raised density, 3 in a cell of 2 mm."""
 PLAIN_BAND_HU = 60.0
-"""Parenchyma this near to the scan's healthy mode is plain healthy lung: the distance that makes emphysema below it."""
+"""Parenchyma this near to the scan's healthy lung is plain healthy lung: the distance that makes emphysema below it."""
 BUNDLE_PLAIN_SHARE, BUNDLE_LOCAL_PLAIN_SHARE, BUNDLE_TUBENESS = 0.1, 0.15, 0.15
 """Thin dense structure with this share of plain healthy lung between (in a whole piece, and around one place of it) and
 this mean tubeness is a bundle of vessels, not fibrosis. Phantom-informed (validation phantoms 300-305, 310-315:

@@ -28,6 +28,8 @@ MODE_MINIMUM_SHARE = 0.01
 """With a smaller share of the lung in the healthy band there is no healthy mode to find: our choice."""
 PROFILE_MINIMUM_VOXELS = 200
 """Rows with fewer voxels of healthy parenchyma have no median to speak of: our choice."""
+PROFILE_MINIMUM_SHARE = 0.5
+"""Most of a row must be healthy for its median to be that of healthy lung."""
 STEEPEST_HU_PER_MM = 1.0
 """200 HU (METHOD 6) over the 200 mm of a lung from front to back."""
 CHUNK_VALUES = 4_000_000
@@ -162,8 +164,9 @@ def healthy_profile_hu(
 ) -> np.ndarray:
     """HU of the scan's healthy lung in each row from front to back: gravity makes dependent lung denser.
 
-    A straight line through the healthy mode, fitted to the medians of the rows over the parenchyma that is about as
-    dense as that mode. Prone scans have the opposite slope.
+    A straight line through the healthy mode, fitted to the medians of those rows in which most of the parenchyma is
+    about as dense as that mode (60 HU to either side, which flattens steep slopes by up to a third); constant beyond
+    them. Prone scans have the opposite slope.
 
     Parameters
     ----------
@@ -181,13 +184,21 @@ def healthy_profile_hu(
     float32 array, shape (Y,)
         HU; the mode everywhere if fewer than three rows have enough such parenchyma.
 
+    Raises
+    ------
+    InputError
+        If the shapes differ or the parenchyma is not bool.
+
     Source
     ------
     METHOD 6 (up to 200 HU from front to back); the fit is ours.
     """
+    _check_pair(smoothed_hu, parenchyma)
     plain = parenchyma & (np.abs(smoothed_hu - mode_hu) < PLAIN_BAND_HU)
     counts = plain.sum(axis=(0, 2))
-    rows = np.flatnonzero(counts >= PROFILE_MINIMUM_VOXELS)
+    # In a row full of disease only the tail of it lies near the mode, and would bend the line towards it.
+    mostly = counts >= PROFILE_MINIMUM_SHARE * parenchyma.sum(axis=(0, 2))
+    rows = np.flatnonzero(mostly & (counts >= PROFILE_MINIMUM_VOXELS))
     profile = np.full(smoothed_hu.shape[1], mode_hu, dtype=np.float32)
     if rows.size < 3:
         return profile
@@ -197,7 +208,8 @@ def healthy_profile_hu(
     rise = (y_mm - middle) * (medians - np.average(medians, weights=weights))
     slope = np.average(rise, weights=weights) / np.average((y_mm - middle) ** 2, weights=weights)
     slope = float(np.clip(slope, -STEEPEST_HU_PER_MM, STEEPEST_HU_PER_MM))
-    profile += np.float32(slope) * (np.arange(profile.size) * spacing_mm[1] - middle).astype(np.float32)
+    held = np.clip(np.arange(profile.size), rows[0], rows[-1]) * float(spacing_mm[1])
+    profile += np.float32(slope) * (held - middle).astype(np.float32)
     return profile
 
 

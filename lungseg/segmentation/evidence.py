@@ -35,13 +35,15 @@ Phantom-informed (validation phantoms 312 and 314: 25 loses emphysema, none inve
 SHELL_MM, RIND_MM = 2.0, 1.0
 """Partial volume reaches this far: around a dense body and inside the lung's rim. About two blurs of 0.6 to 0.8 mm and
 half a slice: our choice. For thin structures and texture the rim is 1 mm: fibrosis begins at the pleura, and partial
-volume makes a rim look like ground glass, not like septa (validation phantoms 300-305: fibrosis +1.4)."""
+volume makes a rim look like ground glass, not like septa (validation phantoms 300-305: fibrosis +1.4). On grids of
+1.5 mm and more both are one voxel."""
 DENSITY_SIGMA_MM, SHARE_SIGMA_MM, BROAD_SIGMA_MM = 2.5, 4.0, 6.0
 """Gaussian windows of density and low attenuation, of thin structures and texture, and of the surroundings. 2.5 mm
 weighs about 9 mm of lung, 4 mm about 14 mm (one to two secondary lobules). Phantom-informed: for low attenuation both
 widths score alike, and the narrower one calls less of a severely emphysematous real lung emphysema."""
 SPARE_WEIGHT = 0.02
-"""Weight of rim and shell voxels beside 1 of the others: they count only where nothing else is in reach."""
+"""Weight of rim and shell voxels beside 1 of the others: they count only where nothing else is in reach, and for ground
+glass, with ``HEALTHY_WEIGHT``, not even there: a sheet of lung thinner than about 5 mm is never ground glass."""
 HEALTHY_WEIGHT = 0.1
 """Healthy lung that is added to what is counted for ground glass, in windows full of plain parenchyma: where partial
 volume is nearly all there is (recesses, angles, rinds between vessels) it makes no ground glass. Phantom-informed (0.05
@@ -64,11 +66,14 @@ class DenseStatistics:
     index: np.ndarray
     """int32, shape (N, 3): cells (z, y, x)."""
     body_share: np.ndarray
-    """0 to 1: lung voxels of the cell that belong to a dense body."""
+    """0 to 1: lung voxels of the cell that belong to a dense body, but for vessels of the hila: the lung around these
+    says what they lie in."""
     raised_share: np.ndarray
-    """0 to 1: parenchyma denser than halfway from the scan's healthy lung there to ground glass."""
+    """0 to 1: parenchyma denser than halfway from the scan's healthy lung there to ground glass, of it
+    and a tenth of a window of healthy lung besides."""
     low_share: np.ndarray
-    """0 to 1: low attenuation area of the parenchyma: at or below -950 HU, and 60 HU below healthy lung there."""
+    """0 to 1: low attenuation area of the parenchyma: at or below -950 HU, and 60 HU below healthy lung there (or at or
+    below -970 HU)."""
     thin_share: np.ndarray
     """0 to 1: thin dense structures, of all that is no dense body."""
     texture_hu: np.ndarray
@@ -80,9 +85,9 @@ class DenseStatistics:
     plain_share: np.ndarray
     """0 to 1: lung voxels of the cell that are such parenchyma, and as dense as the scan's healthy lung."""
     thin_here: np.ndarray
-    """0 to 1: lung voxels of the cell that are thin dense structure."""
+    """0 to 1: the same for thin dense structure, each voxel with its weight."""
     round_here: np.ndarray
-    """Sum of their tubeness (`tubes.py`) over the lung voxels of the cell."""
+    """-1 to 1: the same sum with the tubeness (`tubes.py`) of each voxel as a factor."""
     healthy_mode_hu: float
     """HU: the scan's healthy mode."""
     healthy_texture_hu: float
@@ -147,7 +152,9 @@ def dense_statistics(
     hu, lung = volume_hu[region], mask[region]
     smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
     mode = healthy_mode_hu(smoothed, lung)
-    body, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
+    body, hilar, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
+    pool = _Pool(lung, cell, spacing_mm)
+    round_here = pool.cells(tubeness(hu, lung, thin, spacing_mm=spacing_mm) * weight)
     free = lung & ~body & (weight == 1.0)
     healthy = healthy_profile_hu(smoothed, free & ~thin, mode, spacing_mm)[:, None]
     raised_above = (healthy + np.float32(_prototype(Tissue.GGO))) / np.float32(2.0)
@@ -159,9 +166,8 @@ def dense_statistics(
         # The SD of white noise falls with sigma to the power of 3/2.
         sigma_mm = smoothing_mm * (noise / QUIET_NOISE_HU) ** (2.0 / 3.0)
         quiet = smooth_hu(hu, lung, [sigma_mm / s for s in spacing_mm])
-    pool = _Pool(lung, cell, spacing_mm)
     columns = {
-        "body_share": pool.cells(body),
+        "body_share": pool.cells(body & ~hilar),
         "raised_share": pool.mean(smoothed > raised_above, parenchyma, DENSITY_SIGMA_MM, others=HEALTHY_WEIGHT),
         "low_share": pool.mean(quiet <= hole_below, parenchyma, DENSITY_SIGMA_MM),
         "thin_share": pool.mean(thin, rind_weight, SHARE_SIGMA_MM),
@@ -170,7 +176,7 @@ def dense_statistics(
         "parenchyma_share": pool.cells(lung & ~body & ~thin),
         "plain_share": pool.cells(lung & ~body & ~thin & (np.abs(smoothed - healthy) < cut.PLAIN_BAND_HU)),
         "thin_here": pool.cells(thin * weight),
-        "round_here": pool.cells(tubeness(hu, lung, thin, spacing_mm=spacing_mm) * weight),
+        "round_here": round_here,
     }
     plain = (columns["raised_share"] < 0.5) & (columns["low_share"] < cut.LAA950_EMPHYSEMA_SHARE)
     plain &= columns["body_share"] < 0.5
@@ -196,8 +202,10 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
     2. Else emphysema: the low attenuation share of the parenchyma around is at least 10 %.
     3. Else fibrosis: thin dense structure is above 15 % or twice that of the scan's own healthy lung, texture above
        120 HU or twice that of the healthy lung (the lower of both counts), and the surroundings denser than healthy.
-    4. Else ground glass: more than half of the parenchyma is denser than halfway between the scan's healthy mode and
-       the prototype of ground glass; else healthy.
+    4. Else ground glass: more than half of the parenchyma is denser than halfway between the scan's healthy lung at
+       that height and the prototype of ground glass (of a full window 55 %, by what is added to it); else healthy.
+
+    The surroundings of rule 3 are held against the healthy mode of the whole scan.
 
     Each rule is a logistic step around its cut point, as wide as the statistic's standard error there.
 
@@ -359,11 +367,13 @@ class _Anatomy(NamedTuple):
     """What the voxels of a lung are."""
 
     body: np.ndarray
-    """bool: dense bodies."""
+    """bool: dense bodies, vessels of the hila among them."""
+    hilar: np.ndarray
+    """bool: vessels of the hila."""
     thin: np.ndarray
     """bool: thin dense structures."""
     weight: np.ndarray
-    """float32: what a voxel that is neither body nor hilar vessel says about density, 0 to 1."""
+    """float32: what a voxel that is no body says about density, 0 to 1."""
     rind_weight: np.ndarray
     """float32: the same about thin structures and texture, which begin nearer to the pleura."""
 
@@ -393,8 +403,7 @@ def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> _Ana
     # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
     floor = float(np.median(aerated)) if aerated.size else 0.0
     thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
-    # Vessels of the hila have no weight either, but they are no body: the lung around them says what they lie in.
-    return _Anatomy(body & ~hilar_vessels(body, lung, spacing_mm=spacing_mm), thin, *weights)
+    return _Anatomy(body, hilar_vessels(body, lung, spacing_mm=spacing_mm), thin, *weights)
 
 
 def _reach(

@@ -14,8 +14,12 @@ from lungseg.segmentation.lattice import bounding_region
 
 SIGMA_MM = 1.0
 """Scale of the second derivatives: structures of 1 to 4 mm. At 1.5 mm the meshes of a network run together."""
+LEAST_SIGMA_VOXELS = 0.7
+"""Sampled Gaussian derivatives are no derivatives any more below it: coarse axes are smoothed more."""
+COARSEST_MM = 1.6
+"""With two axes coarser than this a septum of 1 to 2 mm is no sheet of voxels, and form says nothing."""
 LEAST_CURVATURE = 1e-3
-"""HU per voxel squared below which nothing curves: float32 rounding."""
+"""HU per mm2 below which nothing curves: float32 rounding."""
 
 
 def tubeness(volume_hu: np.ndarray, mask: np.ndarray, thin: np.ndarray, *, spacing_mm: Triple) -> np.ndarray:
@@ -36,7 +40,7 @@ def tubeness(volume_hu: np.ndarray, mask: np.ndarray, thin: np.ndarray, *, spaci
     -------
     float32 array, shape (Z, Y, X)
         Middle by lowest eigenvalue of the Hessian (Gaussian derivatives), -1 to 1: near 1 for a tube, near 0 for a
-        sheet, negative for a saddle; 0 where ``thin`` is not set.
+        sheet, negative for a saddle; 0 where ``thin`` is not set, and everywhere if two axes are coarser than 1.6 mm.
 
     Raises
     ------
@@ -52,9 +56,9 @@ def tubeness(volume_hu: np.ndarray, mask: np.ndarray, thin: np.ndarray, *, spaci
     if not volume_hu.shape == mask.shape == thin.shape:
         raise InputError(f"volume {volume_hu.shape}, mask {mask.shape} and structures {thin.shape} are not on one grid")
     result = np.zeros(mask.shape, dtype=np.float32)
-    if not thin.any():
+    if not thin.any() or sum(s > COARSEST_MM for s in spacing_mm) >= 2:
         return result
-    sigma = [SIGMA_MM / s for s in spacing_mm]
+    sigma = [max(SIGMA_MM / s, LEAST_SIGMA_VOXELS) for s in spacing_mm]
     region = bounding_region(thin, margin=int(np.ceil(4.0 * max(sigma))))
     inside, chosen = mask[region], thin[region]
     hu = volume_hu[region].astype(np.float32)
