@@ -24,7 +24,7 @@ CORNER_MM = 1.5
 """This near to a ball that fits into it, dense lung belongs to the body of the ball: its corners. Phantom-informed
 (of what is taken most was true consolidation without it; 4 mm keep more of that, and more vessels)."""
 WAIST = 0.5
-"""The plane between two lungs holds less than this share of the lung that the fullest plane of the smaller lung holds."""
+"""The plane between two lungs holds less than this share of what the fullest plane of the smaller lung holds."""
 
 
 def hilar_vessels(body: np.ndarray, lung: np.ndarray, *, spacing_mm: Triple) -> np.ndarray:

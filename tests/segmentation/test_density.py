@@ -157,10 +157,21 @@ def test_healthy_profile_follows_gravity_past_disease(slope):
     np.testing.assert_allclose(profile, -860.0 + slope * y_mm, atol=12.0)
 
 
+def test_healthy_profile_is_not_bent_by_emphysema_in_front():
+    volume, y_mm = _sloped(0.4)
+    dark = np.clip((30.0 - np.arange(80)) / 15.0, 0.0, 1.0)[None, :, None]
+    volume = volume + dark * (-955.0 - volume)  # fades into healthy lung over 30 mm
+    profile = healthy_profile_hu(volume, np.ones(volume.shape, dtype=bool), -860.0, (1.0, 2.0, 1.0))
+    assert profile[0] > -900.0  # healthy lung would be -892 there
+    np.testing.assert_allclose(profile[35:], -860.0 + 0.4 * y_mm[35:], atol=20.0)
+
+
 def test_healthy_profile_is_the_mode_where_nothing_can_be_fitted_and_never_steeper_than_lungs_are():
     volume, _ = _sloped(0.5)
     nothing = healthy_profile_hu(volume, np.zeros(volume.shape, dtype=bool), -870.0, (1.0, 2.0, 1.0))
     np.testing.assert_array_equal(nothing, np.full(80, -870.0, dtype=np.float32))
     steep, _ = _sloped(3.0, row_mm=0.5)  # 3 HU/mm over 40 mm
     profile = healthy_profile_hu(steep, np.ones(steep.shape, dtype=bool), -860.0, (1.0, 0.5, 1.0))
-    np.testing.assert_allclose(np.diff(profile), STEEPEST_HU_PER_MM * 0.5, rtol=1e-3)
+    assert np.diff(profile).max() == pytest.approx(STEEPEST_HU_PER_MM * 0.5, rel=1e-3)
+    with pytest.raises(InputError, match="grid"):
+        healthy_profile_hu(steep, np.ones((2, 2, 2), dtype=bool), -860.0, (1.0, 0.5, 1.0))

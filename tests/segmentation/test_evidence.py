@@ -220,18 +220,82 @@ def test_a_bundle_that_touches_fibrosis_is_taken_off_it():
     assert {MIXTURE_TISSUES[k] for k in after[stats.index[:, 0] > 16]} == {Tissue.FIBROSIS}
 
 
-@pytest.mark.parametrize(("breath_hu", "gravity_hu"), [(0.0, 80.0), (-45.0, 80.0), (-45.0, -80.0)])
-def test_breath_and_gravity_make_no_emphysema(breath_hu, gravity_hu):
-    """Healthy lung in deep inspiration, supine or prone: the upper side lies near -950 HU."""
-    rng = np.random.default_rng(5)
-    shape = (40, 100, 40)
-    height = np.linspace(-0.5, 0.5, shape[1])[None, :, None]
-    volume = -860.0 + breath_hu + gravity_hu * height + rng.normal(0.0, 40.0, shape)
+def _lung(shape, hu, noise_hu=0.0):
+    """A block of lung with a border of chest wall (40 HU) of four voxels."""
     mask = np.zeros(shape, dtype=bool)
     mask[4:-4, 4:-4, 4:-4] = True
+    volume = np.broadcast_to(hu, shape) + np.random.default_rng(5).normal(0.0, noise_hu, shape)
+    return np.where(mask, volume, 40.0), mask
+
+
+def _tissues(volume, mask):
     stats = dense_statistics(np.round(volume).astype(np.int16), mask, cell=CELL, spacing_mm=SPACING_MM)
-    diseased = tissue_probabilities(stats).argmax(axis=1) > 0
-    assert diseased.mean() < 0.02
+    return without_bundles(stats, tissue_probabilities(stats)).argmax(axis=1), stats
+
+
+@pytest.mark.parametrize(("breath_hu", "gravity_hu"), [(-45.0, 80.0), (-20.0, 160.0), (-20.0, -160.0)])
+def test_breath_and_gravity_make_no_emphysema_and_hide_none(breath_hu, gravity_hu):
+    """Lung in deep inspiration, supine or prone: the upper side lies near -950 HU."""
+    height = np.linspace(-0.5, 0.5, 160)[None, :, None]
+    volume, mask = _lung((40, 160, 40), -860.0 + breath_hu + gravity_hu * height, noise_hu=30.0)
+    found, _ = _tissues(volume, mask)
+    assert (found > 0).mean() < 0.02
+    # Holes of 6 mm, 8 apart, in the upper half of it.
+    holes = np.zeros(mask.shape, dtype=bool)
+    upper = slice(4, 80) if gravity_hu > 0 else slice(80, 156)
+    z, y, x = np.ogrid[:40, :160, :40]
+    holes[:, upper] = ((z % 8 < 6) & (y % 8 < 6) & (x % 8 < 6))[:, upper]
+    found, stats = _tissues(np.where(holes & mask, -990.0, volume), mask)
+    inside = (stats.index[:, 1] > upper.start // 2 + 4) & (stats.index[:, 1] < upper.stop // 2 - 4)
+    assert (found[inside] == 1).mean() > 0.7
+
+
+def test_a_vessel_of_the_hilum_is_no_body_and_a_lesion_beside_it_is():
+    volume, mask = _lung((60, 60, 140), -850.0, noise_hu=20.0)
+    mask[:, :, 50:90] = False  # the mediastinum
+    z, y, x = np.ogrid[:60, :60, :140]
+    vessel = mask & ((z - 20) ** 2 + (y - 30) ** 2 < 4.5**2) & (x >= 42) & (x < 50)
+    lesion = mask & ((z - 40) ** 2 + (y - 30) ** 2 + (x - 100) ** 2 < 9.5**2)
+    volume = np.where(mask & ~vessel & ~lesion, volume, 40.0)
+    found, stats = _tissues(volume, mask)
+    centre = tuple((stats.index * CELL + 1).T)
+    assert stats.body_share[vessel[centre]].mean() < 0.35  # of the pieces that are left, corners
+    assert (found[vessel[centre]] == 4).mean() < 0.35
+    assert (found[lesion[centre]] == 4).mean() > 0.9
+
+
+def test_a_recess_full_of_partial_volume_is_no_ground_glass_and_a_thick_layer_is():
+    for width, expected in ((3, 0), (16, 2)):
+        mask = np.zeros((40, 40, 60), dtype=bool)
+        mask[4:-4, 4:-4, 4:40] = True
+        mask[4:-4, 4 : 4 + width, 40:-4] = True  # a sheet that runs out of the block
+        volume = np.where(mask, -850.0, 40.0)
+        volume[:, :, 40:][mask[:, :, 40:]] = -600.0
+        found, stats = _tissues(volume, mask)
+        sheet = (stats.index[:, 2] > 23) & (stats.index[:, 2] < 26)
+        assert (found[sheet] == expected).mean() > 0.6
+
+
+def test_structure_next_to_the_pleura_counts():
+    volume, mask = _lung((60, 60, 60), -800.0)
+    z = np.arange(60)[:, None, None]
+    volume[mask & (z % 8 < 2) & (np.arange(60) < 6)] = 0.0  # septa in the outer 2 mm alone
+    _, stats = _tissues(volume, mask)
+    assert stats.thin_share[stats.index[:, 2] == 2].mean() > 0.02
+
+
+def test_form_of_structure_is_known():
+    volume, mask = _lung((60, 60, 60), -800.0)
+    z, y, x = np.ogrid[:60, :60, :60]
+    plates = mask & (z % 8 < 2) & (x < 12)
+    tubes = mask & (z % 8 < 2) & (y % 8 < 2) & (x >= 30)
+    volume[plates | tubes] = 0.0
+    _, stats = _tissues(volume, mask)
+    roundness = {
+        name: stats.round_here[part].sum() / stats.thin_here[part].sum()
+        for name, part in (("plates", stats.index[:, 2] < 5), ("tubes", stats.index[:, 2] > 17))
+    }
+    assert roundness["plates"] < 0.15 < 0.5 < roundness["tubes"]
 
 
 def test_nothing_and_nonsense():

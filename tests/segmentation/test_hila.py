@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lungseg.errors import InputError
 from lungseg.segmentation.hila import hilar_vessels
 
 SHAPE = (80, 80, 160)
@@ -47,9 +48,18 @@ def test_without_a_mediastinum_nothing_is_a_hilum():
     assert hilar_vessels(body, lung, spacing_mm=(1.0, 1.0, 1.0)).any()
     single = lung & (axes[2] < LEFT)
     assert not hilar_vessels(body, single, spacing_mm=(1.0, 1.0, 1.0)).any()
-    # A vessel that the mask leaves out is no mediastinum.
-    pierced = lung.copy()
-    pierced[:, :, LEFT:RIGHT] = True
-    pierced[30:50, 30:50, 75:81] = False
-    assert not hilar_vessels(body, pierced, spacing_mm=(1.0, 1.0, 1.0)).any()
+    # The dome of the diaphragm under one lung, with atelectasis on it.
+    dome = np.broadcast_to((axes[0] - 10) ** 2 + (axes[2] - 80) ** 2 > 25**2, lung.shape) & (axes[1] > 2)
+    near = np.broadcast_to((axes[0] - 10) ** 2 + (axes[2] - 80) ** 2 < 29**2, lung.shape) & dome
+    assert near.any()
+    assert not hilar_vessels(near, dome, spacing_mm=(1.0, 1.0, 1.0)).any()
     assert not hilar_vessels(np.zeros_like(lung), lung, spacing_mm=(1.0, 1.0, 1.0)).any()
+    with pytest.raises(InputError, match="grid"):
+        hilar_vessels(body[1:], lung, spacing_mm=(1.0, 1.0, 1.0))
+
+
+def test_lungs_that_touch_in_front_are_two():
+    lung, axes = _lungs()
+    body = lung & _ball(axes, (40, 40, 55), 3.0)
+    lung[:, 1:12, LEFT:RIGHT] = True
+    assert hilar_vessels(body, lung, spacing_mm=(1.0, 1.0, 1.0)).any()

@@ -26,7 +26,7 @@ def _scan(shape, spacing_mm, noise_hu=0.0):
     return volume, solid & inner
 
 
-@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (0.6, 0.6, 0.6), (1.5, 0.8, 0.8)])
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (0.6, 0.6, 0.6), (1.5, 1.5, 1.5), (2.5, 0.8, 0.8)])
 @pytest.mark.parametrize("noise_hu", [0.0, 50.0])
 def test_a_tube_is_round_and_a_plate_is_flat(spacing_mm, noise_hu):
     means = {}
@@ -39,6 +39,12 @@ def test_a_tube_is_round_and_a_plate_is_flat(spacing_mm, noise_hu):
         means[shape] = float(ratio[thin].mean())
     assert means["tube"] > 0.5
     assert abs(means["plate"]) < 0.15
+
+
+def test_where_septa_are_thinner_than_voxels_form_says_nothing():
+    volume, thin = _scan("plate", (2.0, 2.0, 2.0))
+    assert thin.any()
+    assert not tubeness(volume, np.ones(volume.shape, dtype=bool), thin, spacing_mm=(2.0, 2.0, 2.0)).any()
 
 
 def test_what_lies_outside_the_lung_does_not_count():
