@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from lungseg.config.execution import Execution
@@ -16,6 +17,9 @@ from lungseg.store.cases import Store
 log = logging.getLogger(__name__)
 
 PRESET = "tiny"
+MIXTURE = "anchored"
+"""A model of two minutes loses tissues to a mixture that is named afterwards; this one cannot lose any. Its mean DSC in
+table 2 is 65 %, that of the default mixture 42 %."""
 SALT = "lungseg demo"
 
 
@@ -36,6 +40,7 @@ def demo(samples: Path, output: Path, *, execution: Execution = Execution()) -> 
         if not manifest.is_file():
             raise InputError(f"{manifest} is missing; make phantoms with: lungseg phantom -o {manifest.parent} -n 4")
     plan = plan_run(RunConfig(preset=PRESET, salt=SALT), train=True)
+    plan = replace(plan, cluster=replace(plan.cluster, mixture=MIXTURE))
     log.info("demo 1/3: scans to a patch store (%s)", manifests["train"])
     preprocess(
         None,
