@@ -252,11 +252,11 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
 def without_bundles(stats: DenseStatistics, probabilities: np.ndarray) -> np.ndarray:
     """The probabilities with no fibrosis in bundles of vessels and airways, which are as thin and as dense.
 
-    Two signs must meet: healthy lung lies between the structures (what lies between the septa of fibrosis is abnormal
-    too), and they are round rather than flat. They are looked for in whole connected pieces of cells whose likeliest
-    tissue is fibrosis, and then around each cell that is left, for bundles that touch true fibrosis. Either becomes
-    healthy. One sign is not enough: sharp kernels darken what lies between septa down to healthy lung, and thick slices
-    make septa round.
+    Two signs must meet, and are multiplied: healthy lung lies between the structures (what lies between the septa of
+    fibrosis is abnormal too), and they are round rather than flat. They are looked for in whole connected pieces of
+    cells whose likeliest tissue is fibrosis, and then around each cell that is left, for bundles that touch true
+    fibrosis. Either becomes healthy. One sign is not enough: sharp kernels darken what lies between septa down to
+    healthy lung, and thick slices make septa round.
 
     Parameters
     ----------
@@ -294,13 +294,13 @@ def without_bundles(stats: DenseStatistics, probabilities: np.ndarray) -> np.nda
 
     piece = label(on_lattice(left) > 0, structure=np.ones((3, 3, 3)))[0][place]
     sigma = [BUNDLE_SIGMA_MM / size for size in stats.cell_mm]
-    for gather, plain_share in ((in_piece, cut.BUNDLE_PLAIN_SHARE), (around, cut.BUNDLE_LOCAL_PLAIN_SHARE)):
+    for gather in (in_piece, around):
         plain, parenchyma, round_, thin = (
             gather(values * left)
             for values in (stats.plain_share, stats.parenchyma_share, stats.round_here, stats.thin_here)
         )
-        bundle = plain >= plain_share * np.maximum(parenchyma, MINIMUM_WEIGHT)
-        bundle &= round_ >= cut.BUNDLE_TUBENESS * np.maximum(thin, MINIMUM_WEIGHT)
+        share, form = plain / np.maximum(parenchyma, MINIMUM_WEIGHT), round_ / np.maximum(thin, MINIMUM_WEIGHT)
+        bundle = share * form >= cut.BUNDLE_PLAIN_BY_TUBENESS
         taken |= left & bundle
         left &= ~bundle
     result = probabilities.astype(np.float32)

@@ -196,7 +196,7 @@ def _two_pieces(plain_share, tubeness, gap=True):
 
 @pytest.mark.parametrize(
     ("plain_share", "tubeness", "taken"),
-    [(0.25, 0.25, True), (0.12, 0.16, True), (0.08, 0.25, False), (0.25, 0.1, False)],
+    [(0.25, 0.25, True), (0.13, 0.33, True), (0.07, 0.25, False), (0.22, 0.03, False), (0.3, -0.3, False)],
 )
 def test_a_bundle_of_vessels_is_no_fibrosis_and_a_mesh_stays(plain_share, tubeness, taken):
     """Vessels are round and lie in healthy lung; either alone is no sign (sharp kernels, thick slices)."""
