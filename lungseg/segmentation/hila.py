@@ -60,10 +60,11 @@ def hilar_vessels(body: np.ndarray, lung: np.ndarray, *, spacing_mm: Triple) -> 
     step = [max(1, round(WORK_MM / s)) for s in spacing_mm]
     pick = tuple(slice(k // 2, None, k) for k in step)
     coarse_mm = [k * s for k, s in zip(step, spacing_mm, strict=True)]
-    dense = body[pick]
+    dense, result = body[pick], np.zeros_like(body)
+    if not dense.any():  # also of a volume too small to pick from
+        return result
     between = _between(lung[pick], coarse_mm[2])
-    result = np.zeros_like(body)
-    if not (dense.any() and between.any()):
+    if not between.any():
         return result
     from_mediastinum = distance_transform_edt(~between, coarse_mm)
     depth = distance_transform_edt(dense, coarse_mm)

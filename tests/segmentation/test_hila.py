@@ -58,6 +58,12 @@ def test_without_a_mediastinum_nothing_is_a_hilum():
         hilar_vessels(body[1:], lung, spacing_mm=(1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 1, 2), (2, 9, 1)])
+def test_volumes_smaller_than_the_working_grid(shape):
+    full = np.ones(shape, dtype=bool)
+    assert not hilar_vessels(full, full, spacing_mm=(0.3, 0.3, 0.3)).any()
+
+
 def test_lungs_that_touch_in_front_are_two():
     lung, axes = _lungs()
     body = lung & _ball(axes, (40, 40, 55), 3.0)
