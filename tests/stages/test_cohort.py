@@ -170,7 +170,7 @@ from lungseg.config.execution import Execution
 from lungseg.stages.cohort import run_cases
 
 def work(item):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # at once: print may write the line's end by itself, and two would mix
     time.sleep(600)
     return "done", ""
 
@@ -195,6 +195,7 @@ def test_workers_end_with_the_process_that_started_them(number: int) -> None:
     )
     assert process.stdout is not None
     workers = [process.stdout.readline().strip() for _ in range(2)]
+    assert all(map(str.isdecimal, workers)), workers
     process.send_signal(number)
     process.wait(timeout=60)
     deadline = time.monotonic() + 60
