@@ -105,6 +105,18 @@ def test_probability_is_a_half_at_the_cut_and_sure_far_from_it():
     assert emphysema(0.3) > 0.99
 
 
+def test_the_edge_of_severe_emphysema_is_held_against_its_core():
+    """A window across the edge holds holes of its core; as few holes far from it are mild emphysema."""
+    share = np.full(90, 0.02, dtype=np.float32)
+    share[:10], share[10:12], share[80:84] = 0.6, 0.14, 0.14
+    one = _statistics()
+    columns = {f.name: np.repeat(getattr(one, f.name), 90) for f in dataclasses.fields(one)[1:11]}
+    index = np.stack([np.arange(90), *np.zeros((2, 90), dtype=int)], axis=1).astype(np.int32)
+    stats = dataclasses.replace(one, **{**columns, "low_share": share}, index=index, lattice=(90, 1, 1))
+    found = tissue_probabilities(stats).argmax(axis=1) == MIXTURE_TISSUES.index(Tissue.EMPHYSEMA)
+    assert np.flatnonzero(found).tolist() == [*range(10), *range(80, 84)]
+
+
 def _labels(fixture):
     stats = dense_statistics(fixture.volume_hu, fixture.mask, cell=CELL, spacing_mm=SPACING_MM)
     posterior, covered = evidence_posterior(stats, tissue_probabilities(stats))
