@@ -12,7 +12,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.addoption("--kills", type=int, default=5, help="how often the test of killed trainings kills (25: in full)")
