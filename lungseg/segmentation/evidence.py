@@ -1,9 +1,9 @@
 """Evidence of each tissue everywhere in the lung, from its HU alone: no model, no fit, no labels.
 
 What spoils plain statistics of small windows is taken out before anything is counted (FEASIBILITY, failure modes 2
-and 3): bodies of dense lung with the partial-volume shell around them, vessels of the hila, the rim of the lung mask,
-and thin dense structures (vessels, airway walls, septa), which are counted by themselves. The rest is parenchyma: its
-density and its low attenuation share, against the scan's healthy lung at that height above the couch, say healthy,
+and 3): bodies of dense lung with the partial-volume shell around them, vessels of the hila and fat, the rim of the lung
+mask, and thin dense structures (vessels, airway walls, septa), which are counted by themselves. The rest is parenchyma:
+its density and its low attenuation share, against the scan's healthy lung at that height above the couch, say healthy,
 ground glass or emphysema; much thin dense structure says fibrosis, unless it is round and lies in healthy lung.
 """
 
@@ -19,6 +19,7 @@ from lungseg import tissue as cut
 from lungseg.errors import InputError
 from lungseg.scan.volume import Triple
 from lungseg.segmentation.density import healthy_mode_hu, healthy_profile_hu, local_sd, smooth_hu
+from lungseg.segmentation.fat import fat
 from lungseg.segmentation.hila import hilar_vessels
 from lungseg.segmentation.lattice import bounding_region, lattice_shape
 from lungseg.segmentation.tubes import tubeness
@@ -69,8 +70,8 @@ class DenseStatistics:
     index: np.ndarray
     """int32, shape (N, 3): cells (z, y, x)."""
     body_share: np.ndarray
-    """0 to 1: lung voxels of the cell that belong to a dense body, but for vessels of the hila: the lung around these
-    says what they lie in."""
+    """0 to 1: lung voxels of the cell that belong to a dense body, but for vessels of the hila and fat: the lung around
+    these says what they lie in."""
     raised_share: np.ndarray
     """0 to 1: parenchyma denser than halfway from the scan's healthy lung there to ground glass, of it
     and a tenth of a window of healthy lung besides."""
@@ -155,7 +156,7 @@ def dense_statistics(
     hu, lung = volume_hu[region], mask[region]
     smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
     mode = healthy_mode_hu(smoothed, lung)
-    body, hilar, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
+    body, normal, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
     pool = _Pool(lung, cell, spacing_mm)
     round_here = pool.cells(tubeness(hu, lung, thin, spacing_mm=spacing_mm) * weight)
     free = lung & ~body & (weight == 1.0)
@@ -170,7 +171,7 @@ def dense_statistics(
         sigma_mm = smoothing_mm * (noise / QUIET_NOISE_HU) ** (2.0 / 3.0)
         quiet = smooth_hu(hu, lung, [sigma_mm / s for s in spacing_mm])
     columns = {
-        "body_share": pool.cells(body & ~hilar),
+        "body_share": pool.cells(body & ~normal),
         "raised_share": pool.mean(smoothed > raised_above, parenchyma, DENSITY_SIGMA_MM, others=HEALTHY_WEIGHT),
         "low_share": pool.mean(quiet <= hole_below, parenchyma, DENSITY_SIGMA_MM),
         "thin_share": pool.mean(thin, rind_weight, SHARE_SIGMA_MM),
@@ -365,9 +366,9 @@ class _Anatomy(NamedTuple):
     """What the voxels of a lung are."""
 
     body: np.ndarray
-    """bool: dense bodies, vessels of the hila among them."""
-    hilar: np.ndarray
-    """bool: vessels of the hila."""
+    """bool: dense bodies, normal ones among them."""
+    normal: np.ndarray
+    """bool: vessels of the hila, and fat."""
     thin: np.ndarray
     """bool: thin dense structures."""
     weight: np.ndarray
@@ -401,7 +402,8 @@ def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> _Ana
     # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
     floor = float(np.median(aerated)) if aerated.size else 0.0
     thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
-    return _Anatomy(body, hilar_vessels(body, lung, spacing_mm=spacing_mm), thin, *weights)
+    normal = hilar_vessels(body, lung, spacing_mm=spacing_mm) | fat(smoothed, body, lung, spacing_mm=spacing_mm)
+    return _Anatomy(body, normal, thin, *weights)
 
 
 def _reach(
