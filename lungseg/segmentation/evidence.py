@@ -72,8 +72,6 @@ class DenseStatistics:
     body_share: np.ndarray
     """0 to 1: lung voxels of the cell that belong to a dense body, but for vessels of the hila and fat: the lung around
     these says what they lie in."""
-    normal_share: np.ndarray
-    """0 to 1: lung voxels of the cell that are vessels of the hila or fat."""
     raised_share: np.ndarray
     """0 to 1: parenchyma denser than halfway from the scan's healthy lung there to ground glass, of it
     and a tenth of a window of healthy lung besides."""
@@ -158,14 +156,9 @@ def dense_statistics(
     hu, lung = volume_hu[region], mask[region]
     smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
     mode = healthy_mode_hu(smoothed, lung)
-    body, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
+    body, normal, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
     pool = _Pool(lung, cell, spacing_mm)
-    form = tubeness(hu, lung, thin, spacing_mm=spacing_mm)
-    round_here = pool.cells(form * weight)
-    ill = body & ~fat(smoothed, body, lung, spacing_mm=spacing_mm)
-    ill &= ~hilar_vessels(ill, thin, form, lung, spacing_mm=spacing_mm)
-    body_share, normal_share = pool.cells(ill), pool.cells(body & ~ill)
-    del form, ill
+    round_here = pool.cells(tubeness(hu, lung, thin, spacing_mm=spacing_mm) * weight)
     free = lung & ~body & (weight == 1.0)
     healthy = healthy_profile_hu(smoothed, free & ~thin, mode, spacing_mm)[:, None]
     raised_above = (healthy + np.float32(_prototype(Tissue.GGO))) / np.float32(2.0)
@@ -178,8 +171,7 @@ def dense_statistics(
         sigma_mm = smoothing_mm * (noise / QUIET_NOISE_HU) ** (2.0 / 3.0)
         quiet = smooth_hu(hu, lung, [sigma_mm / s for s in spacing_mm])
     columns = {
-        "body_share": body_share,
-        "normal_share": normal_share,
+        "body_share": pool.cells(body & ~normal),
         "raised_share": pool.mean(smoothed > raised_above, parenchyma, DENSITY_SIGMA_MM, others=HEALTHY_WEIGHT),
         "low_share": pool.mean(quiet <= hole_below, parenchyma, DENSITY_SIGMA_MM),
         "thin_share": pool.mean(thin, rind_weight, SHARE_SIGMA_MM),
@@ -213,9 +205,8 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
     1. Consolidation: the cell lies in a dense body.
     2. Else emphysema: the low attenuation share of the parenchyma around is at least 10 %, and three tenths of the mean
        share of the emphysema within a lobe's width: a window that reaches into severe emphysema holds holes of it.
-    3. Else fibrosis, but in vessels of the hila and fat: thin dense structure is above 15 % or twice that of the scan's
-       own healthy lung, texture above 120 HU or twice that of the healthy lung (the lower of both counts), and the
-       surroundings denser than healthy.
+    3. Else fibrosis: thin dense structure is above 15 % or twice that of the scan's own healthy lung, texture above
+       120 HU or twice that of the healthy lung (the lower of both counts), and the surroundings denser than healthy.
     4. Else ground glass: more than half of the parenchyma is denser than halfway between the scan's healthy lung at
        that height and the prototype of ground glass (of a full window 55 %, by what is added to it); else healthy.
 
@@ -257,8 +248,6 @@ def tissue_probabilities(stats: DenseStatistics) -> np.ndarray:
     result[:, 4] = dense
     result[:, 1] = rest * emphysema
     rest = rest * (1.0 - emphysema)
-    # Vessels of the hila are no fibrosis either, many though their branches are.
-    fibrosis = fibrosis * (1.0 - stats.normal_share)
     result[:, 3] = rest * fibrosis
     rest = rest * (1.0 - fibrosis)
     result[:, 2] = rest * raised
@@ -369,7 +358,7 @@ def _nothing(lattice: tuple[int, int, int], cell_mm: Triple) -> DenseStatistics:
     """Of a volume without lung."""
     none, unknown = np.zeros(0, dtype=np.float32), float("nan")
     index = np.zeros((0, 3), dtype=np.int32)
-    columns = (none,) * 11
+    columns = (none,) * 10
     return DenseStatistics(index, *columns, unknown, unknown, unknown, unknown, lattice, cell_mm)
 
 
@@ -377,7 +366,9 @@ class _Anatomy(NamedTuple):
     """What the voxels of a lung are."""
 
     body: np.ndarray
-    """bool: dense bodies, vessels of the hila and fat among them."""
+    """bool: dense bodies, normal ones among them."""
+    normal: np.ndarray
+    """bool: vessels of the hila, and fat."""
     thin: np.ndarray
     """bool: thin dense structures."""
     weight: np.ndarray
@@ -411,7 +402,8 @@ def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> _Ana
     # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
     floor = float(np.median(aerated)) if aerated.size else 0.0
     thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
-    return _Anatomy(body, thin, *weights)
+    normal = hilar_vessels(body, lung, spacing_mm=spacing_mm) | fat(smoothed, body, lung, spacing_mm=spacing_mm)
+    return _Anatomy(body, normal, thin, *weights)
 
 
 def _reach(

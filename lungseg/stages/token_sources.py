@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 VOXEL_PLANES = 16
 """Planes of voxels given at once by the methods that look at every voxel: bounds the memory."""
 
-RULES_VERSION = 6
+RULES_VERSION = 5
 """Of ``TokenSource.rule_shares``: samples and posteriors of another version are not gone on with."""
 
 _STUDENT_SETTINGS = ("timesteps", "combine", "encoding", "overlap", "window_sigma", "min_window_lung")

@@ -28,7 +28,6 @@ def _statistics(**given) -> DenseStatistics:
     """One cell of plain healthy lung, but for what is given."""
     plain = {
         "body_share": 0.0,
-        "normal_share": 0.0,
         "raised_share": 0.0,
         "low_share": 0.0,
         "thin_share": 0.05,
@@ -111,7 +110,7 @@ def test_the_edge_of_severe_emphysema_is_held_against_its_core():
     share = np.full(90, 0.02, dtype=np.float32)
     share[:10], share[10:12], share[80:84] = 0.6, 0.14, 0.14
     one = _statistics()
-    columns = {f.name: np.repeat(getattr(one, f.name), 90) for f in dataclasses.fields(one)[1:12]}
+    columns = {f.name: np.repeat(getattr(one, f.name), 90) for f in dataclasses.fields(one)[1:11]}
     index = np.stack([np.arange(90), *np.zeros((2, 90), dtype=int)], axis=1).astype(np.int32)
     stats = dataclasses.replace(one, **{**columns, "low_share": share}, index=index, lattice=(90, 1, 1))
     found = tissue_probabilities(stats).argmax(axis=1) == MIXTURE_TISSUES.index(Tissue.EMPHYSEMA)
