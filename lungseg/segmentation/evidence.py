@@ -9,15 +9,14 @@ ground glass or emphysema; much thin dense structure says fibrosis, unless it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from lungseg import tissue as cut
 from lungseg.errors import InputError
 from lungseg.scan.volume import Triple
+from lungseg.segmentation.anatomy import lung_anatomy
 from lungseg.segmentation.density import healthy_mode_hu, healthy_profile_hu, local_sd, smooth_hu
 from lungseg.segmentation.fat import fat
 from lungseg.segmentation.hila import hilar_vessels
@@ -27,24 +26,13 @@ from lungseg.tissue import MIXTURE_TISSUES, TISSUES, Tissue
 
 SMOOTHING_MM = 0.6
 """Smoothing before voxels are counted (METHOD 1.6: one voxel of 0.6 mm)."""
-OPENING_MM = 5.0
-"""Edge of the cube of the grey opening: what is narrower counts as thin, what holds it as a body. Most vessels, and
-the septa of a mesh of 3 to 5 mm (METHOD 0.5), are narrower. Phantom-informed (5 mm against 7 mm)."""
 QUIET_NOISE_HU = 40.0
 """Noisier scans are smoothed more before low attenuation is counted, down to this noise (METHOD 6, 7.13).
 Phantom-informed (validation phantoms 312 and 314: 25 loses emphysema, none invents it in healthy lung)."""
-SHELL_MM, RIND_MM = 2.0, 1.0
-"""Partial volume reaches this far: around a dense body and inside the lung's rim. About two blurs of 0.6 to 0.8 mm and
-half a slice: our choice. For thin structures and texture the rim is 1 mm: fibrosis begins at the pleura, and partial
-volume makes a rim look like ground glass, not like septa (validation phantoms 300-305: fibrosis +1.4). On grids of
-1.5 mm and more both are one voxel."""
 DENSITY_SIGMA_MM, SHARE_SIGMA_MM, BROAD_SIGMA_MM = 2.5, 4.0, 6.0
 """Gaussian windows of density and low attenuation, of thin structures and texture, and of the surroundings. 2.5 mm
 weighs about 9 mm of lung, 4 mm about 14 mm (one to two secondary lobules). Phantom-informed: for low attenuation both
 widths score alike, and the narrower one calls less of a severely emphysematous real lung emphysema."""
-SPARE_WEIGHT = 0.02
-"""Weight of rim and shell voxels beside 1 of the others: they count only where nothing else is in reach, and for ground
-glass, with ``HEALTHY_WEIGHT``, not even there: a sheet of lung thinner than about 5 mm is never ground glass."""
 HEALTHY_WEIGHT = 0.1
 """Healthy lung that is added to what is counted for ground glass, in windows full of plain parenchyma: where partial
 volume is nearly all there is (recesses, angles, rinds between vessels) it makes no ground glass. Phantom-informed (0.05
@@ -156,9 +144,10 @@ def dense_statistics(
     hu, lung = volume_hu[region], mask[region]
     smoothed = smooth_hu(hu, lung, [smoothing_mm / s for s in spacing_mm])
     mode = healthy_mode_hu(smoothed, lung)
-    body, normal, thin, weight, rind_weight = _anatomy(smoothed, lung, spacing_mm)
+    body, thin, weight, rind_weight = lung_anatomy(smoothed, lung, spacing_mm=spacing_mm)
     pool = _Pool(lung, cell, spacing_mm)
     round_here = pool.cells(tubeness(hu, lung, thin, spacing_mm=spacing_mm) * weight)
+    normal = fat(smoothed, body, lung, spacing_mm=spacing_mm) | hilar_vessels(body, lung, spacing_mm=spacing_mm)
     free = lung & ~body & (weight == 1.0)
     healthy = healthy_profile_hu(smoothed, free & ~thin, mode, spacing_mm)[:, None]
     raised_above = (healthy + np.float32(_prototype(Tissue.GGO))) / np.float32(2.0)
@@ -360,58 +349,6 @@ def _nothing(lattice: tuple[int, int, int], cell_mm: Triple) -> DenseStatistics:
     index = np.zeros((0, 3), dtype=np.int32)
     columns = (none,) * 10
     return DenseStatistics(index, *columns, unknown, unknown, unknown, unknown, lattice, cell_mm)
-
-
-class _Anatomy(NamedTuple):
-    """What the voxels of a lung are."""
-
-    body: np.ndarray
-    """bool: dense bodies, normal ones among them."""
-    normal: np.ndarray
-    """bool: vessels of the hila, and fat."""
-    thin: np.ndarray
-    """bool: thin dense structures."""
-    weight: np.ndarray
-    """float32: what a voxel that is no body says about density, 0 to 1."""
-    rind_weight: np.ndarray
-    """float32: the same about thin structures and texture, which begin nearer to the pleura."""
-
-
-def _anatomy(smoothed: np.ndarray, lung: np.ndarray, spacing_mm: Triple) -> _Anatomy:
-    """Bodies, thin structures and weights."""
-    from scipy.ndimage import binary_dilation, binary_erosion, maximum_filter, minimum_filter
-
-    edge = [max(2 * round((OPENING_MM / s - 1.0) / 2.0) + 1, 3) for s in spacing_mm]  # odd
-    # Air outside for bodies: a sheet of partial volume along the pleura is none. Density outside for thin structures:
-    # lung in the angles of the pleura is not thin.
-    opened = maximum_filter(minimum_filter(np.where(lung, smoothed, np.float32(-1000.0)), edge), edge)
-    dense = lung & (smoothed > cut.DENSE_BODY_HU)
-    body = dense & (opened > cut.DENSE_BODY_HU)
-    # The opening rounds a body's corners off: they are grown back, over dense lung only.
-    body = _reach(body, SHELL_MM, spacing_mm, binary_dilation, mask=dense)
-    opened = maximum_filter(minimum_filter(np.where(lung, smoothed, np.float32(100.0)), edge), edge)
-    shell = _reach(body, SHELL_MM, spacing_mm, binary_dilation)
-    weights = []
-    for rim_mm in (SHELL_MM, RIND_MM):
-        spare = shell | ~_reach(lung, rim_mm, spacing_mm, binary_erosion, border_value=1)
-        weight = np.where(spare, np.float32(SPARE_WEIGHT), np.float32(1.0))
-        weight[~lung | body] = 0.0
-        weights.append(weight)
-    contrast = smoothed - opened
-    aerated = contrast[(weights[0] == 1.0) & (smoothed <= cut.HEALTHY_MEDIAN_HU)]
-    # Noise alone lifts a voxel above the least of its neighbours: the scan's own parenchyma says by how much.
-    floor = float(np.median(aerated)) if aerated.size else 0.0
-    thin = lung & ~body & (contrast > floor + cut.THIN_CONTRAST_HU)
-    normal = hilar_vessels(body, lung, spacing_mm=spacing_mm) | fat(smoothed, body, lung, spacing_mm=spacing_mm)
-    return _Anatomy(body, normal, thin, *weights)
-
-
-def _reach(
-    region: np.ndarray, width_mm: float, spacing_mm: Triple, operation: Callable[..., np.ndarray], **options: Any
-) -> np.ndarray:
-    """A mask dilated or eroded by a width."""
-    steps = max(1, round(width_mm / float(np.exp(np.mean(np.log(spacing_mm))))))
-    return operation(region, iterations=steps, **options)
 
 
 def _texture(

@@ -10,6 +10,7 @@ import numpy as np
 
 from lungseg.errors import InputError
 from lungseg.scan.volume import Triple
+from lungseg.segmentation.anatomy import reach
 
 FAT_HU = (-190.0, -30.0)
 """Attenuation of adipose tissue. Kvist et al., Am J Clin Nutr 1988;48:1351; the range in use for body composition."""
@@ -60,7 +61,4 @@ def fat(smoothed_hu: np.ndarray, body: np.ndarray, lung: np.ndarray, *, spacing_
     edge = [max(2 * round((CUBE_MM / s - 1.0) / 2.0) + 1, 3) for s in spacing_mm]
     values = np.where(lung, smoothed_hu, np.float32((low + high) / 2.0))
     core = adipose & (minimum_filter(values, edge) > low) & (maximum_filter(values, edge) < high)
-    if not core.any():
-        return core
-    steps = max(1, round(REACH_MM / float(np.exp(np.mean(np.log(spacing_mm))))))
-    return binary_dilation(core, iterations=steps, mask=adipose)
+    return reach(core, REACH_MM, spacing_mm, binary_dilation, mask=adipose)
